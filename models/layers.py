@@ -1,0 +1,126 @@
+"""Building blocks that MSDNet and RANet share.
+
+Attribute names (`net`, `m`, `linear`, `layers`) are part of the checkpoint format: files of the released projects of this
+family load by name, so they stay as they are.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a constant. Nothing is saved for the backward pass but the factor."""
+
+    @staticmethod
+    def forward(x: Tensor, factor: float) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """Return x unchanged; its gradient is multiplied by `factor`."""
+    return _ScaleGradient.apply(x, factor) if torch.is_grad_enabled() else x
+
+
+def rescale_at_exit(x: Tensor, exit_index: int, n_exits: int) -> tuple[Tensor, Tensor]:
+    """Split the map that a classifier reads into (for the classifier, for the next block), gradients rescaled.
+
+    With i the exit counted from 0 and N exits, the map receives (g_classifier + (N-i-1) g_next) / (N-i) instead of the
+    plain sum, so that its expected size does not grow with the number of exits behind it (gradient rescaling, BoostNet
+    arXiv:2211.16726, eq. 7; "gradient equilibrium", arXiv:1908.06294).
+    """
+    remaining = n_exits - exit_index
+    return scale_gradient(x, 1 / remaining), scale_gradient(x, (remaining - 1) / remaining)
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+    """Convolution without bias, batch normalisation, ReLU; "same" padding at stride 1."""
+    return [nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=False),
+            nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+
+
+class ConvBNReLU(nn.Module):
+    """One convolution with its normalisation and activation."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*conv_bn_relu(in_channels, out_channels, kernel, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Bottleneck(nn.Module):
+    """3x3 convolution behind an optional 1x1 one that narrows its input to min(in_channels, bn_factor * out_channels)."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, bn_factor: int, stride: int = 1,
+                 bottleneck: bool = True) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        if bottleneck:
+            inner = min(in_channels, bn_factor * out_channels)
+            layers += conv_bn_relu(in_channels, inner, 1)
+            in_channels = inner
+        self.net = nn.Sequential(*layers, *conv_bn_relu(in_channels, out_channels, 3, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Stem(nn.Module):
+    """First layer of both backbones: the image at every scale, finest first.
+
+    Args:
+        widths: channels per scale, finest first.
+        strides: stride from scale i-1 to scale i, one less than there are widths.
+        image_size: 32 (3x3 convolution) or 224 (7x7 convolution with stride 2, then max pooling with stride 2).
+    """
+
+    def __init__(self, widths: list[int], strides: list[int], image_size: int) -> None:
+        super().__init__()
+        if image_size == 32:
+            first: nn.Module = ConvBNReLU(3, widths[0])
+        elif image_size == 224:
+            first = nn.Sequential(nn.Conv2d(3, widths[0], 7, stride=2, padding=3), nn.BatchNorm2d(widths[0]),
+                                  nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1))
+        else:
+            raise ValueError(f"image_size is {image_size}; the networks are defined for 32 and 224")
+        self.layers = nn.ModuleList([first])
+        for in_width, out_width, stride in zip(widths[:-1], widths[1:], strides, strict=True):
+            self.layers.append(ConvBNReLU(in_width, out_width, stride=stride))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        scales = []
+        for layer in self.layers:
+            x = layer(x)
+            scales.append(x)
+        return scales
+
+
+class Classifier(nn.Module):
+    """Two 3x3 convolutions with stride 2, average pooling and a linear layer, on an 8x8 or 7x7 map.
+
+    The convolutions have 128 channels for 32-pixel images and keep the width of their input for 224-pixel ones.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, image_size: int) -> None:
+        super().__init__()
+        width = 128 if image_size == 32 else in_channels
+        self.m = nn.Sequential(ConvBNReLU(in_channels, width, stride=2), ConvBNReLU(width, width, stride=2), nn.AvgPool2d(2))
+        self.linear = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.m(x).flatten(1))
+
+
+def class_map_size(image_size: int) -> int:
+    """Side of the square map that a classifier reads."""
+    return 8 if image_size == 32 else 7

@@ -1,0 +1,163 @@
+"""Multi-scale dense network (MSDNet, arXiv:1703.09844), with or without gradient rescaling."""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.layers import Bottleneck, Classifier, ConvBNReLU, Stem, class_map_size, rescale_at_exit
+
+State = list[Tensor]   # one feature map per scale still carried, finest first
+
+
+class DenseScale(nn.Module):
+    """One scale of a layer: the scale's own features and what is computed from them (and from the finer scale)."""
+
+    def __init__(self, in_width: int, growth: int, bn_factor: int, *, finer_width: int | None = None,
+                 finer_bn_factor: int | None = None, bottleneck: bool) -> None:
+        super().__init__()
+        own_growth = growth
+        if finer_width is not None:
+            own_growth = growth // 2
+            self.conv_down = Bottleneck(finer_width, own_growth, bn_factor=finer_bn_factor, stride=2, bottleneck=bottleneck)
+        self.conv_normal = Bottleneck(in_width, own_growth, bn_factor=bn_factor, bottleneck=bottleneck)
+        self.reads_finer = finer_width is not None
+
+    def forward(self, x: Tensor, finer: Tensor | None) -> Tensor:
+        if self.reads_finer:
+            return torch.cat([x, self.conv_down(finer), self.conv_normal(x)], dim=1)
+        return torch.cat([x, self.conv_normal(x)], dim=1)
+
+
+class MSDLayer(nn.Module):
+    """One layer over the coarsest `n_out` scales; the finest of its `n_in` input scales is dropped where n_in > n_out.
+
+    Args:
+        width: channel base; scale s carries width * gr_factor[s] channels.
+        growth: growth base; scale s grows by growth * gr_factor[s] channels.
+    """
+
+    def __init__(self, width: int, growth: int, gr_factor: list[int], bn_factor: list[int], n_in: int, n_out: int, *,
+                 bottleneck: bool) -> None:
+        super().__init__()
+        n_scales = len(gr_factor)
+        self.dropped = n_in - n_out
+        self.layers = nn.ModuleList()
+        for scale in range(n_scales - n_out, n_scales):
+            finer = {}
+            if scale > n_scales - n_in:   # every scale but the finest that comes in has a finer neighbour
+                finer = {"finer_width": width * gr_factor[scale - 1], "finer_bn_factor": bn_factor[scale - 1]}
+            self.layers.append(DenseScale(width * gr_factor[scale], growth * gr_factor[scale], bn_factor[scale],
+                                          bottleneck=bottleneck, **finer))
+
+    def forward(self, scales: State) -> State:
+        finer = [None, *scales][self.dropped:]
+        return [layer(x, below) for layer, x, below in zip(self.layers, scales[self.dropped:], finer)]
+
+
+class Transition(nn.Module):
+    """1x1 convolution per scale that narrows channel base `width` to `reduced`."""
+
+    def __init__(self, width: int, reduced: int, gr_factor: list[int]) -> None:
+        super().__init__()
+        self.m = nn.ModuleList([ConvBNReLU(width * f, reduced * f, kernel=1) for f in gr_factor])
+
+    def forward(self, scales: State) -> State:
+        return [conv(x) for conv, x in zip(self.m, scales, strict=True)]
+
+
+class MSDNet(nn.Module):
+    """MSDNet with a classifier after every block.
+
+    Args:
+        n_blocks: number of blocks, which is the number of exits.
+        n_channels: channel base of the first layer.
+        base, step, step_mode: layers of block 0; layers of block i > 0 are `step` ("even") or `step * i + 1` ("lin_grow").
+        growth_rate: channels a layer adds, times gr_factor of the scale.
+        gr_factor, bn_factor: width and bottleneck factor per scale, finest first.
+        prune: "max" drops the finest scale at equal intervals, "min" keeps only what later layers still need.
+        reduction: factor of the channel base at a transition.
+        bottleneck: 1x1 convolutions in front of the 3x3 ones.
+        num_classes, image_size: classes; 32 or 224 pixels.
+        rescale_gradients: gradient rescaling at every exit (backward pass only).
+    Raises:
+        ValueError: on values that do not describe a network.
+    """
+
+    def __init__(self, *, n_blocks: int, n_channels: int = 32, base: int = 4, step: int = 1, step_mode: str = "even",
+                 growth_rate: int = 6, gr_factor: list[int] = (1, 2, 4), bn_factor: list[int] = (1, 2, 4),
+                 prune: str = "max", reduction: float = 0.5, bottleneck: bool = True, num_classes: int = 100,
+                 image_size: int = 32, rescale_gradients: bool = False) -> None:
+        super().__init__()
+        gr_factor, bn_factor = list(gr_factor), list(bn_factor)
+        n_scales = len(gr_factor)
+        if len(bn_factor) != n_scales:
+            raise ValueError(f"grFactor has {n_scales} values, bnFactor {len(bn_factor)}; give one of each per scale")
+        odd = [growth_rate * f for f in gr_factor[1:] if growth_rate * f % 2]
+        if odd:
+            raise ValueError(f"growthRate {growth_rate} with grFactor {gr_factor} gives the odd width {odd[0]}; "
+                             "all but the finest scale split their growth in two equal halves")
+        self._check_map_size(n_scales, image_size)
+        self.rescale_gradients = rescale_gradients
+        self.n_layers = [base, *(step if step_mode == "even" else step * i + 1 for i in range(1, n_blocks))]
+        total = sum(self.n_layers)
+
+        stem = Stem([n_channels * f for f in gr_factor], [2] * (n_scales - 1), image_size)
+        self.blocks, self.classifier = nn.ModuleList(), nn.ModuleList()
+        width, layer = n_channels, 0
+        for block, n_layers in enumerate(self.n_layers):
+            modules: list[nn.Module] = [stem] if block == 0 else []
+            for layer in range(layer + 1, layer + n_layers + 1):
+                n_in, n_out = _scales(layer, total, n_scales, prune)
+                modules.append(MSDLayer(width, growth_rate, gr_factor, bn_factor, n_in, n_out, bottleneck=bottleneck))
+                width += growth_rate
+                if (n_in > n_out) if prune == "max" else layer in (total // 3, 2 * total // 3):
+                    reduced = math.floor(reduction * width)
+                    if reduced < 1:
+                        raise ValueError(f"reduction {reduction} leaves no channel of {width} at layer {layer}")
+                    modules.append(Transition(width, reduced, gr_factor[n_scales - n_out:]))
+                    width = reduced
+            self.blocks.append(nn.Sequential(*modules))
+            self.classifier.append(Classifier(width * gr_factor[-1], num_classes, image_size))
+
+    @staticmethod
+    def _check_map_size(n_scales: int, image_size: int) -> None:
+        side = (image_size if image_size == 32 else image_size // 4) // 2 ** (n_scales - 1)
+        if side != class_map_size(image_size):
+            need = 3 if image_size == 32 else 4
+            raise ValueError(f"{n_scales} scales end in a {side}x{side} map; classifiers for {image_size}-pixel images read "
+                             f"{class_map_size(image_size)}x{class_map_size(image_size)}, which takes {need} scales")
+
+    @property
+    def n_exits(self) -> int:
+        return len(self.blocks)
+
+    def start(self, x: Tensor) -> State:
+        """State in front of exit 0 for images x (B, 3, H, W)."""
+        return [x]
+
+    def step(self, n: int, state: State) -> tuple[Tensor, State]:
+        """Run block n on the state that step n-1 returned: (logits (B, num_classes) of exit n, next state)."""
+        scales = self.blocks[n](state[0] if n == 0 else state)
+        coarsest = scales[-1]
+        if self.rescale_gradients:
+            coarsest, onward = rescale_at_exit(coarsest, n, self.n_exits)
+            scales = [*scales[:-1], onward]
+        return self.classifier[n](coarsest), scales
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Raw logits (B, num_classes) of every exit, shallow to deep, for images x (B, 3, H, W)."""
+        state, logits = self.start(x), []
+        for n in range(self.n_exits):
+            exit_logits, state = self.step(n, state)
+            logits.append(exit_logits)
+        return logits
+
+
+def _scales(layer: int, total: int, n_scales: int, prune: str) -> tuple[int, int]:
+    """Scales that layer `layer` (from 1, of `total`) reads and writes."""
+    if prune == "min":
+        return min(n_scales, total - layer + 2), min(n_scales, total - layer + 1)
+    interval = math.ceil(total / n_scales)
+    return n_scales - max(0, layer - 2) // interval, n_scales - (layer - 1) // interval
