@@ -1,0 +1,54 @@
+"""Arrays that are expensive to make, kept in one file and made again whenever their key or the file is not right."""
+
+import logging
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from utils.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+
+def user_cache_folder() -> Path:
+    """Where caches go that cannot lie beside the data: $XDG_CACHE_HOME/boostnet, by default ~/.cache/boostnet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "boostnet"
+
+
+def load_or_build(places: list[Path], key: str, build) -> dict[str, np.ndarray]:
+    """The arrays stored under `key` in one of the files `places`, else those of `build()`, stored in the first writable one.
+
+    A file with another key is out of date and one that cannot be read is damaged (the archive format checks its own
+    sums): both are replaced. Where no place is writable the arrays are simply not kept.
+    """
+    for place in places:
+        arrays = _read(place, key)
+        if arrays is not None:
+            return arrays
+    arrays = build()
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(place) as file:
+                np.savez(file, key=np.array(key), **arrays)
+            return arrays
+        except OSError as error:
+            logger.info("no cache at %s: %s", place, error)
+    logger.warning("none of %s is writable: the data will be prepared again next time", ", ".join(map(str, places)))
+    return arrays
+
+
+def _read(place: Path, key: str) -> dict[str, np.ndarray] | None:
+    if not place.is_file():
+        return None
+    try:
+        with np.load(place, allow_pickle=False) as stored:
+            if str(stored["key"]) != key:
+                return None
+            return {name: stored[name] for name in stored.files if name != "key"}
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        logger.warning("%s is damaged (%s): preparing the data again", place, error)
+        return None

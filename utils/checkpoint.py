@@ -1,0 +1,108 @@
+"""Checkpoints: written so that a file is whole or absent, read without ever running code from it.
+
+A checkpoint holds the backbone's state_dict under its released names and what is needed to use it: architecture flags,
+method, temperatures, class names, hold-out split. `model_latest.pth` also holds what is needed to go on training.
+"""
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+from utils.files import atomic_write
+
+FORMAT = 1
+LATEST, BEST, PREVIOUS = "model_latest.pth", "model_best.pth", "model_previous.pth"
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` (tensors and plain types) so that `path` is replaced in one step or not at all."""
+    with atomic_write(path) as file:
+        torch.save({"format": FORMAT, **content}, file)
+
+
+def save_latest(folder: Path, content: dict[str, Any]) -> None:
+    """Replace the latest checkpoint of a run and keep the one before it until the next save."""
+    latest, previous = folder / LATEST, folder / PREVIOUS
+    if latest.exists():
+        # A second name for the same file: at no moment is there a folder without a good checkpoint.
+        link = previous.with_name(f"{previous.name}.tmp.{os.getpid()}")
+        link.unlink(missing_ok=True)
+        try:
+            os.link(latest, link)
+            os.replace(link, previous)
+        except OSError:   # no hard links on this file system
+            previous.write_bytes(latest.read_bytes())
+    save(latest, content)
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of this project or of a released one: a dict with at least `state_dict`.
+
+    The released forms `{'state_dict': {...}}` and `{'state_dict': {'model': {...}}}`, with or without a leading `module.` in
+    the names, come back with plain names.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        UserError: when it is damaged, holds code, or is something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    content = _read(path)
+    weights = content.get("state_dict") if isinstance(content, dict) else None
+    if isinstance(weights, dict) and isinstance(weights.get("model"), dict):
+        weights = weights["model"]
+    if not isinstance(weights, dict) or not weights or not all(isinstance(t, Tensor) for t in weights.values()):
+        raise UserError(f"{path} is not a checkpoint: expected a dict with the weights under 'state_dict'")
+    return {**content, "state_dict": {name.removeprefix("module."): t for name, t in weights.items()}}
+
+
+def _read(path: Path) -> Any:
+    if zipfile.is_zipfile(path):   # torch.load does not verify the checksums of its own format
+        with zipfile.ZipFile(path) as archive:
+            try:
+                damaged = archive.testzip()
+            except Exception as error:
+                raise UserError(f"{path} is damaged: {error}") from error
+        if damaged:
+            raise UserError(f"{path} is damaged: the checksum of {damaged} does not fit")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is refused: it holds more than tensors and plain values, which could run code ({_unsafe(path)})") from error
+    except Exception as error:   # torch.load raises a dozen kinds on damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
+
+
+def _unsafe(path: Path) -> str:
+    try:
+        return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or "unknown content"
+    except Exception:
+        return "not a checkpoint file"
+
+
+def load_weights(backbone: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Copy weights into a backbone.
+
+    Raises:
+        UserError: naming the first tensor that differs, when the weights are another network's.
+    """
+    own = backbone.state_dict()
+    for name, tensor in own.items():
+        if name not in weights:
+            raise UserError(f"{source} does not fit this architecture: it has no {name} (expected shape {list(tensor.shape)})")
+        if weights[name].shape != tensor.shape:
+            raise UserError(f"{source} does not fit this architecture: {name} has shape {list(weights[name].shape)}, "
+                            f"expected {list(tensor.shape)}")
+    extra = [name for name in weights if name not in own]
+    if extra:
+        raise UserError(f"{source} does not fit this architecture: it has {extra[0]}, which this network has not")
+    backbone.load_state_dict(weights)

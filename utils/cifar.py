@@ -1,0 +1,93 @@
+"""CIFAR-10 and CIFAR-100 as their authors publish them: the python archive, read directly or downloaded by torchvision."""
+
+import pickle
+import socket
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+
+# data set -> (folder, training files, test file, names file, key of the names, key of the labels)
+ARCHIVES = {
+    "cifar10": (
+        "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", "batches.meta", "label_names", "labels",
+    ),
+    "cifar100": ("cifar-100-python", ["train"], "test", "meta", "fine_label_names", "fine_labels"),
+}  # fmt: skip
+ALLOWED_GLOBALS = {
+    ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
+    ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
+}  # fmt: skip
+DOWNLOAD_TIMEOUT_S = 30
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads pickles of plain values and NumPy arrays and refuses everything else, so a crafted file cannot run code."""
+
+    def find_class(self, module, name):
+        if (module, name) not in ALLOWED_GLOBALS:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        if (module, name) == ("numpy.core.multiarray", "_reconstruct"):
+            module = "numpy._core.multiarray"  # the name in current NumPy; the published files carry the old one
+        return super().find_class(module, name)
+
+
+def archive_folder(data_root: Path, dataset: str) -> Path:
+    """Where torchvision unpacks `dataset` (it need not exist)."""
+    return data_root / ARCHIVES[dataset][0]
+
+
+def read_archive(data_root: Path, dataset: str) -> dict[str, np.ndarray]:
+    """The published python archive as arrays.
+
+    Returns:
+        {train,test}_images (n, 3, 32, 32) uint8, {train,test}_labels (n,) int64, class_names.
+    Raises:
+        FileNotFoundError: when one of its files is missing.
+        UserError: when one of its files is damaged.
+    """
+    folder, train_files, test_file, names_file, names_key, labels_key = ARCHIVES[dataset]
+    folder = data_root / folder
+    arrays = {}
+    for split, files in (("train", train_files), ("test", [test_file])):
+        parts = [_read_pickle(folder / file, ("data", labels_key)) for file in files]
+        arrays[f"{split}_images"] = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32)
+        arrays[f"{split}_labels"] = np.concatenate([np.asarray(part[labels_key], np.int64) for part in parts])
+    arrays["class_names"] = np.array(_read_pickle(folder / names_file, (names_key,))[names_key])
+    return arrays
+
+
+def _read_pickle(path: Path, keys: tuple[str, ...]) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; unpack the whole archive there or delete {path.parent} to download it again")
+    try:
+        with open(path, "rb") as file:
+            content = _ArrayUnpickler(file, encoding="latin1").load()
+        return {key: content[key] for key in keys}
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise UserError(f"{path} is damaged ({error}); delete {path.parent} to download it again") from error
+
+
+def download(data_root: Path, dataset: str) -> None:
+    """Fetch and unpack the archive into `data_root` with torchvision, which shows progress and checks the file's sum.
+
+    Raises:
+        UserError: when that fails, listing the layouts that work without a network.
+    """
+    import torchvision.datasets
+
+    created = not data_root.exists()
+    previous_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
+    try:
+        getattr(torchvision.datasets, dataset.upper())(str(data_root), train=True, download=True)
+    except Exception as error:
+        if created and data_root.is_dir() and not any(data_root.iterdir()):
+            data_root.rmdir()
+        raise UserError(
+            f"no {dataset} in {data_root} and downloading it failed ({error}); expected {archive_folder(data_root, dataset)} "
+            f"(the python archive) or {data_root}/{{train,test}}/<class>/*.png"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(previous_timeout)

@@ -1,0 +1,147 @@
+"""Both prediction modes of a trained network: anytime (every exit on all inputs) and budgeted batch (inputs leave early)."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaptive_inference import budget_curve, evaluate_thresholds, released_sweep
+from models import BoostedNet
+from op_counter import measure_model
+from utils.engine import Predictions, predict
+from utils.errors import UserError
+from utils.files import atomic_write
+from utils.run import write_json
+from utils.tables import format_table, millions
+
+# A hold-out mean cost further than this from its budget is pointed out.
+MISSED_BUDGET = 0.005
+
+
+def header(saved: dict[str, Any], folder: Path, model: BoostedNet, data) -> dict[str, Any]:
+    """What every result file says about the network it is of; `saved` is the content of its checkpoint."""
+    macs, params = measure_model(model, data.image_size, data.image_size)
+    split = saved.get("split")
+    return {"format": 1, "name": folder.resolve().name, "dataset": saved.get("dataset"), "method": saved.get("method"),
+            "arch": saved.get("architecture", {}).get("arch"), "config": saved.get("architecture"),
+            "temperatures": list(model.temperatures), "epoch": saved.get("epoch"), "epoch_kind": saved.get("epoch_kind"),
+            "split_hash": split["hash"] if split else None, "n_valid": data.n_valid, "n_test": data.n_test, "macs": macs,
+            "params": params}
+
+
+def evaluate_anytime(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], suffix: str = "") -> dict[str, Any]:
+    """Accuracy of every exit on the test set; prints the table, writes any{suffix}.txt, flops.pth and anytime{suffix}.json.
+
+    Args:
+        about: from `header`.
+        suffix: appended to the file names.
+    Returns:
+        The content of the JSON file.
+    """
+    test = predict(model, data.test())
+    result = {**about, "top1": test.top1, "top5": test.top5.tolist()}
+    rows = list(zip(about["macs"], about["params"], result["top1"], result["top5"], strict=True))
+    print(format_table(["exit", "10^6 MACs", "10^6 params", "top-1 %", "top-5 %"],
+                       [[n + 1, millions(macs), f"{params / 1e6:.3f}", f"{top1:.2f}", f"{top5:.2f}"]
+                        for n, (macs, params, top1, top5) in enumerate(rows)],
+                       title=f"\nAnytime prediction: {_describe(about)}, {data.n_test} test images"))
+    _write_columns(folder / f"any{suffix}.txt", rows)
+    _write_costs(folder, about["macs"])
+    write_json(folder / f"anytime{suffix}.json", result)
+    return result
+
+
+def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], budgets: Sequence[float] | None = None,
+                      released: bool = False, flat: bool = False, suffix: str = "") -> dict[str, Any]:
+    """Accuracy where inputs leave early, thresholds fitted on the hold-out and applied to the test set.
+
+    Prints one row per budget and writes dynamic{_flat}{suffix}.txt, flops.pth and dynamic{_flat}{suffix}.json.
+
+    Args:
+        budgets: average MACs per image; None takes 40 evenly over what the network can spend.
+        released: the 39-point sweep of the released program in place of budgets.
+        flat: a larger budget that does not raise hold-out accuracy changes nothing.
+    Returns:
+        The content of the JSON file.
+    Raises:
+        UserError: without a hold-out, or for a budget out of range.
+    """
+    if not data.n_valid:
+        raise UserError("budgeted evaluation fits its thresholds on held-out training images, and this network was trained on "
+                        "all of them; train with --use-valid")
+    macs = about["macs"]
+    if not released:   # a budget out of range is refused before the networks runs
+        budget_curve([[1.0]] * len(macs), [[True]] * len(macs), [[1.0]] * len(macs), [[True]] * len(macs), macs, budgets)
+    valid, test = predict(model, data.valid()), predict(model, data.test())
+    if released:
+        points = _released_points(valid, test, macs, flat)
+    else:
+        points = budget_curve(valid.confidence, valid.correct, test.confidence, test.correct, macs, budgets, flat=flat)
+    result = {**about, "family": "released" if released else "eq9", "flat": flat,
+              "points": [{**point, "thresholds": _finite(point["thresholds"])} for point in points]}
+    _print_budgeted(result, data)
+    name = f"dynamic{'_flat' if flat else ''}{suffix}"
+    _write_columns(folder / f"{name}.txt", [(point["test_mean_macs"], point["test_top1"]) for point in points])
+    _write_costs(folder, macs)
+    write_json(folder / f"{name}.json", result)
+    return result
+
+
+def _released_points(valid: Predictions, test: Predictions, macs: list[int], flat: bool) -> list[dict[str, Any]]:
+    points = []
+    for row in released_sweep(valid.confidence, valid.correct, test.confidence, test.correct, macs):
+        _, valid_mean, valid_share = evaluate_thresholds(valid.confidence, valid.correct, row["thresholds"], macs)
+        _, _, test_share = evaluate_thresholds(test.confidence, test.correct, row["thresholds"], macs)
+        points.append({"budget": None, "p": None, "shares": row["shares"], "thresholds": row["thresholds"],
+                       "valid_mean_macs": valid_mean, "test_mean_macs": row["mean_cost"], "valid_top1": row["val_accuracy"],
+                       # The released flat curve keeps the accuracy but goes on to the new cost.
+                       "test_top1": row["flat_test_accuracy" if flat else "test_accuracy"],
+                       "valid_exit_share": valid_share.tolist(), "test_exit_share": test_share.tolist()})
+    return points
+
+
+def _finite(thresholds: Sequence[float]) -> list[float]:
+    # JSON has no infinity, and confidences lie in [0, 1]: 2 keeps everybody, -1 lets everybody go.
+    return [min(max(t, -1.0), 2.0) for t in thresholds]
+
+
+def _print_budgeted(result: dict[str, Any], data) -> None:
+    released = result["family"] == "released"
+    family = "released sweep (shares ~ q^n, q = 1/20 ... 39/20)" if released else "budgets solved by eq. 9"
+    rows = []
+    for i, point in enumerate(result["points"]):
+        asked = f"{(i + 1) / 20:.2f}" if released else millions(point["budget"])
+        shares = " ".join(f"{100 * share:3.0f}" for share in point["test_exit_share"])
+        rows.append([asked, millions(point["valid_mean_macs"]), millions(point["test_mean_macs"]),
+                     f"{point['valid_top1']:.2f}", f"{point['test_top1']:.2f}", shares])
+    print(format_table(["q" if released else "budget", "hold-out MACs", "test MACs", "hold-out top-1", "test top-1",
+                        "test exits, %"], rows,
+                       title=f"\nBudgeted batch, {family}{', flat curve' if result['flat'] else ''}: {_describe(result)}\n"
+                             f"thresholds from {data.n_valid} held-out images, {data.n_test} test images, 10^6 MACs per image"))
+    if result["flat"]:
+        return   # a flat curve spends less than its budget on purpose
+    missed = [point for point in result["points"]
+              if not released and abs(point["valid_mean_macs"] / point["budget"] - 1) > MISSED_BUDGET]
+    for point in missed:
+        print(f"warning: budget {millions(point['budget'])}: the hold-out spends {millions(point['valid_mean_macs'])} "
+              f"({100 * (point['valid_mean_macs'] / point['budget'] - 1):+.1f} %); {data.n_valid} images or equal confidences "
+              "do not divide more finely")
+
+
+def _describe(about: dict[str, Any]) -> str:
+    parts = [about["arch"] or "network", about["method"] or "", about["dataset"] or ""]
+    if about["epoch"]:
+        parts.append(f"epoch {about['epoch']} ({about['epoch_kind']})")
+    return " ".join(part for part in parts if part)
+
+
+def _write_columns(path: Path, rows: Sequence[Sequence[float]]) -> None:
+    with atomic_write(path) as file:
+        file.write("".join("\t".join(f"{value}" for value in row) + "\n" for row in rows).encode())
+
+
+def _write_costs(folder: Path, macs: list[int]) -> None:
+    with atomic_write(folder / "flops.pth") as file:
+        torch.save(macs, file)

@@ -1,0 +1,46 @@
+"""Optimisers and learning-rate schedules by their command-line names."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
+
+
+def build_optimizer(backbone: nn.Module, *, name: str, lr: float, momentum: float, weight_decay: Sequence[float]) -> torch.optim.Optimizer:
+    """Optimiser over all parameters of a backbone.
+
+    Args:
+        name: "sgd", "rmsprop" or "adam".
+        momentum: of SGD and RMSprop; Adam keeps its own averages.
+        weight_decay: one value for all parameters, or two that are interpolated linearly over MSDNet's blocks from the
+            first to the last; a block's classifier belongs to it.
+    Raises:
+        ValueError: two weight decays for a backbone that is not a plain chain of blocks.
+    """
+    groups = _groups(backbone, weight_decay)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    if name == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=lr, momentum=momentum)
+    return torch.optim.Adam(groups, lr=lr)
+
+
+def _groups(backbone: nn.Module, weight_decay: Sequence[float]) -> list[dict]:
+    if len(weight_decay) == 1:
+        return [{"params": list(backbone.parameters()), "weight_decay": weight_decay[0]}]
+    if not hasattr(backbone, "blocks"):
+        raise ValueError("two --weight-decay values are interpolated over MSDNet's blocks; pass one for this architecture")
+    first, last = weight_decay
+    steps = max(backbone.n_exits - 1, 1)
+    return [{"params": [*block.parameters(), *classifier.parameters()], "weight_decay": first + (last - first) * i / steps}
+            for i, (block, classifier) in enumerate(zip(backbone.blocks, backbone.classifier, strict=True))]
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, *, kind: str, milestones: Sequence[int], decay_rate: float,
+                    epochs: int) -> LRScheduler:
+    """Schedule stepped once per epoch: "multistep" (times decay_rate at each milestone) or "cosine" (to zero at the end)."""
+    if kind == "cosine":
+        return CosineAnnealingLR(optimizer, T_max=epochs)
+    return MultiStepLR(optimizer, milestones=list(milestones), gamma=decay_rate)

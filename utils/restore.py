@@ -1,0 +1,71 @@
+"""From a checkpoint and the command line to the network that is evaluated."""
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+from models import BoostedNet, expand_temperatures
+from utils.checkpoint import load_weights
+from utils.errors import UserError
+from utils.methods import build_model
+from utils.split import Split
+
+# Flags that say what a network is; a checkpoint carries them, and evaluation takes them from there.
+ARCHITECTURE = ("arch", "nBlocks", "base", "step", "stepmode", "nChannels", "growthRate", "grFactor", "bnFactor", "prune",
+                "reduction", "bottleneck", "block_step", "scale_list", "compress_factor", "num_classes", "image_size")
+
+
+def describe(args: argparse.Namespace, model: BoostedNet, data) -> dict[str, Any]:
+    """What a checkpoint says about its network besides the weights."""
+    return {"architecture": {name: getattr(args, name) for name in ARCHITECTURE}, "dataset": args.dataset,
+            "class_names": list(data.class_names), "method": args.method, "temperatures": list(model.temperatures),
+            "trainable_ensemble": args.trainable_ensemble, "split": data.split.to_dict() if data.split else None,
+            "seed": args.seed}
+
+
+def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
+    """Let a checkpoint decide what its network is, and return its hold-out split.
+
+    A released checkpoint says nothing about itself; then the flags stand as they were given.
+
+    Raises:
+        UserError: when a flag given on the command line says otherwise.
+    """
+    if "architecture" not in saved:
+        return None
+    stored = {**saved["architecture"], "dataset": saved["dataset"], "method": saved["method"],
+              "trainable_ensemble": saved["trainable_ensemble"]}
+    for name, value in stored.items():
+        if name in args.explicit and getattr(args, name) != value:
+            raise UserError(f"{args.evaluate_from} was trained with {name} {_show(value)}, but the command line says "
+                            f"{_show(getattr(args, name))}; leave that flag out")
+        setattr(args, name, value)
+    _take_over_temperatures(args, saved["temperatures"])
+    if args.use_valid and saved["split"] is None:
+        raise UserError(f"{args.evaluate_from} was trained on all training images; --use-valid does not fit it")
+    return Split.from_dict(saved["split"]) if saved["split"] else None
+
+
+def _take_over_temperatures(args: argparse.Namespace, stored: list[float]) -> None:
+    if "ensemble_reweight" in args.explicit and args.method != "joint":   # the baseline has no use for the flag
+        given = expand_temperatures(args.ensemble_reweight, len(stored))
+        if not all(math.isclose(a, b, abs_tol=1e-12) for a, b in zip(given[1:], stored[1:])):
+            raise UserError(f"{args.evaluate_from} was trained with temperatures {_show(stored)}, but --ensemble_reweight says "
+                            f"{_show(given)}; leave that flag out")
+    args.ensemble_reweight = stored
+
+
+def restore(args: argparse.Namespace, saved: dict[str, Any]) -> BoostedNet:
+    """The network of a checkpoint, with its weights.
+
+    Raises:
+        UserError: when the weights are another network's.
+    """
+    model = build_model(args)
+    load_weights(model.backbone, saved["state_dict"], args.evaluate_from)
+    return model
+
+
+def _show(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,160 @@
+"""A run's folder and what is written to it: log, TensorBoard scalars, results.json."""
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils import distributed
+from utils.checkpoint import LATEST
+from utils.errors import UserError
+from utils.files import atomic_write
+from utils.split import Split
+
+RESULTS, SPLIT = "results.json", "split.pth"
+
+
+class Run:
+    """Where a run writes; in all processes but the first it writes nothing.
+
+    Attributes:
+        folder: of the run.
+        log: logger to the terminal and, in the first process, to train.log.
+        results: content of results.json.
+    """
+
+    def __init__(self, folder: Path, *, tensorboard_dir: Path | None = None, results: dict[str, Any]) -> None:
+        self.folder, self.results = folder, results
+        self.log = logging.getLogger("boostnet")
+        self._tensorboard_dir = tensorboard_dir or folder / "log"
+        self._writer = None
+
+    def scalars(self, values: dict[str, float], epoch: int) -> None:
+        """Write TensorBoard scalars."""
+        if not distributed.is_main():
+            return
+        if self._writer is None:   # opened late: importing it takes a second
+            from torch.utils.tensorboard import SummaryWriter
+            self._writer = SummaryWriter(self._tensorboard_dir, purge_step=epoch)
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
+
+    def save_results(self) -> None:
+        """Rewrite results.json."""
+        if distributed.is_main():
+            write_json(self.folder / RESULTS, self.results)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def saved_split(folder: str, resume: bool) -> Split | None:
+    """Hold-out split of the run that is resumed in `folder`; None where a new run starts.
+
+    Raises:
+        UserError: when the folder holds a run already and `resume` is off.
+    """
+    path = Path(folder)
+    if (path / LATEST).exists() and not resume:
+        raise UserError(f"{path} already holds a run; pass --resume to continue it, or another --result_dir")
+    return Split.load(path / SPLIT) if resume and (path / SPLIT).exists() else None
+
+
+def start_run(folder: str, *, tensorboard_dir: str | None, config: dict[str, Any], split: Split | None,
+              device: torch.device) -> Run:
+    """Open a run folder and write down what the run is: log, hold-out split.
+
+    Raises:
+        UserError: when the folder cannot be written.
+    """
+    path = Path(folder)
+    if distributed.is_main():
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            open_log(path / "train.log")
+            if split is not None:
+                split.save(path / SPLIT)
+        except OSError as error:
+            raise UserError(f"--result_dir {path} cannot be written: {error.strerror}") from error
+    results = {"format": 1, "config": config, "split_hash": split.hash if split else None, "versions": versions(device)}
+    return Run(path, tensorboard_dir=Path(tensorboard_dir) if tensorboard_dir else None, results=results)
+
+
+def open_log(path: Path | None = None) -> None:
+    """Log to the terminal, and append to a file where one is given."""
+    log = logging.getLogger("boostnet")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(terminal)
+    if path is not None:
+        file = logging.FileHandler(path)
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        log.addHandler(file)
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """What the figures of a run depend on besides its flags."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "platform": platform.platform(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+            "threads": torch.get_num_threads(), "commit": _commit()}
+
+
+def cpu_name() -> str:
+    """Model of the processor as the system names it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def choose_device(name: str, gpu: str) -> torch.device:
+    """Device of this process: "auto" takes CUDA where there is one; the process' local rank picks from the list `gpu`.
+
+    Raises:
+        UserError: when CUDA is asked for and missing, or the list names a device that is not there.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; pass --device cpu")
+    listed = [int(index) for index in gpu.split(",")]
+    index = listed[distributed.local_rank() % len(listed)]
+    if index >= torch.cuda.device_count():
+        raise UserError(f"--gpu {gpu}: there is no device {index}; torch sees {torch.cuda.device_count()}")
+    return torch.device("cuda", index)
+
+
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Flags as plain types that JSON and `weights_only` checkpoints can hold."""
+    return {name: value if isinstance(value, (int, float, str, bool, list, type(None))) else str(value)
+            for name, value in config.items() if name != "explicit"}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that the file is whole or absent."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())

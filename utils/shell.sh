@@ -1,0 +1,123 @@
+# Sourced by the scripts of msdnet_scripts/, ranet_scripts/ and tests/: the Python to use, and how runs are started.
+#
+#   PYTHON       interpreter to use as it is (default: .venv of this repository where it exists, else python3)
+#   DATA_ROOT    folder of the data set                            (default: data/DATASET)
+#   RESULT_ROOT  folder of the run folders                         (default: results)
+#   NPROC        processes, one per GPU, of an ImageNet training   (default: 4)
+#   TORCHRUN     options of torchrun there                         (default: --standalone --nproc_per_node=NPROC)
+#   DRY_RUN=1    print the commands instead of running them
+#
+# Relative paths are taken from the folder the caller is in.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=$ROOT/.venv
+RESULT_ROOT=${RESULT_ROOT:-$ROOT/results}
+case $RESULT_ROOT in /*) ;; *) RESULT_ROOT=$PWD/$RESULT_ROOT ;; esac
+
+fail() {
+    echo "$(basename "$0"): $*" >&2
+    exit 2
+}
+
+# The interpreter: the caller's choice, else the environment that prepare_environment made, else the system's.
+python_path() {
+    if [ -n "${PYTHON:-}" ]; then echo "$PYTHON"
+    elif [ -x "$VENV/bin/python" ]; then echo "$VENV/bin/python"
+    else echo python3; fi
+}
+
+# Run a command, saying which; with DRY_RUN say it only.
+run() {
+    if [ -n "${DRY_RUN:-}" ]; then
+        printf '%q ' "$@"
+        echo
+    else
+        { printf '+ '; printf '%q ' "$@"; echo; } >&2
+        "$@"
+    fi
+}
+
+# prepare_environment FILE...: make .venv and install the requirement files (paths in the repository) that have changed
+# since they were last installed. With PYTHON set, that interpreter is taken as it is and nothing is installed.
+prepare_environment() {
+    local file stamp
+    if [ -n "${PYTHON:-}" ] || [ -n "${DRY_RUN:-}" ]; then return; fi
+    if ! "$VENV/bin/python" -c '' 2>/dev/null; then
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
+            fail "needs python3 of version 3.10 or newer, found: $(python3 --version 2>&1 || true)"
+        echo "Making $VENV" >&2
+        python3 -m venv --clear "$VENV" ||
+            fail "python3 cannot make a virtual environment; install its venv module (Debian: apt install python3-venv)"
+    fi
+    for file in "$@"; do
+        stamp=$VENV/installed-${file//\//-}
+        if ! cmp -s "$ROOT/$file" "$stamp"; then
+            echo "Installing $file" >&2
+            "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$file" || fail "could not install $file, see above"
+            cp "$ROOT/$file" "$stamp"
+        fi
+    done
+}
+
+# ---- Training and evaluating the paper's models. A folder's recipes.sh says which networks there are: FAMILY, the
+# functions `network DATASET SIZE` and `sizes DATASET`, and IMAGENET_EVAL_BATCH. SIZE is `any` for the anytime model.
+
+# The name of a model's run folder, the same for training and evaluation.
+run_name() {
+    case $2 in
+        any) echo "${FAMILY}_$1_any" ;;
+        *) echo "${FAMILY}_$1_batch_$2" ;;
+    esac
+}
+
+# train DATASET SIZE FLAG...: train a model with the paper's settings; later flags win.
+train() {
+    local dataset=$1 result launch=() settings network
+    result=$RESULT_ROOT/$(run_name "$1" "$2")
+    read -ra network <<<"$(network "$1" "$2")"
+    shift 2
+    case $dataset in
+        cifar100) settings=(--lr_milestones 150,225 --epochs 300) ;;
+        imagenet)
+            local nproc=${NPROC:-4} options
+            read -ra options <<<"${TORCHRUN:---standalone --nproc_per_node=$nproc}"
+            launch=(-m torch.distributed.run "${options[@]}") # what the command torchrun runs
+            settings=(--lr_milestones 30,60 --epochs 90 --distributed --tensorboard_dir "$result/log"
+                --gpu "$(seq 0 $((nproc - 1)) | paste -sd, -)")
+            ;;
+    esac
+    run "$(python_path)" ${launch[@]+"${launch[@]}"} "$ROOT/train_$dataset.py" \
+        --dataset "$dataset" --data-root "${DATA_ROOT:-$ROOT/data/$dataset}" --result_dir "$result" "${network[@]}" \
+        --ensemble_reweight 0.5 --batch-size 64 --workers 16 --lr_f 0.1 --weight-decay 1e-4 "${settings[@]}" "$@"
+}
+
+# evaluate DATASET SIZE FLAG...: evaluate model_best.pth of a model's run folder; later flags win.
+evaluate() {
+    local dataset=$1 result settings mode=(--evalmode anytime) network
+    result=$RESULT_ROOT/$(run_name "$1" "$2")
+    read -ra network <<<"$(network "$1" "$2")"
+    if [ "$2" != any ]; then mode=(--evalmode dynamic --flat_curve); fi
+    shift 2
+    case $dataset in
+        cifar100) settings=(--batch-size 128) ;;
+        imagenet) settings=(--batch-size "$IMAGENET_EVAL_BATCH" --val_workers 16) ;;
+    esac
+    run "$(python_path)" "$ROOT/eval_$dataset.py" \
+        --dataset "$dataset" --data-root "${DATA_ROOT:-$ROOT/data/$dataset}" --result_dir "$result" "${network[@]}" \
+        --evaluate-from "$result/model_best.pth" --save_suffix _use_reweight --ensemble_reweight 0.5 \
+        --workers 1 --gpu 0 "${mode[@]}" "${settings[@]}" "$@"
+}
+
+# each_size train|evaluate DATASET [SIZE] FLAG...: the budgeted-batch model of that size, by default all in turn.
+each_size() {
+    local action=$1 dataset=$2 chosen size
+    shift 2
+    chosen=$(sizes "$dataset")
+    if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
+        [ "$1" != any ] && [ -n "$(network "$dataset" "$1")" ] || fail "there is no size '$1'; the sizes are" $chosen
+        chosen=$1
+        shift
+    fi
+    for size in $chosen; do "$action" "$dataset" "$size" "$@"; done
+}
