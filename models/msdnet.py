@@ -105,10 +105,10 @@ class MSDNet(nn.Module):
 
         stem = Stem([n_channels * f for f in gr_factor], [2] * (n_scales - 1), image_size)
         self.blocks, self.classifier = nn.ModuleList(), nn.ModuleList()
-        width, layer = n_channels, 0
+        width = n_channels
         for block, n_layers in enumerate(self.n_layers):
             modules: list[nn.Module] = [stem] if block == 0 else []
-            for layer in range(layer + 1, layer + n_layers + 1):
+            for layer in range(sum(self.n_layers[:block]) + 1, sum(self.n_layers[:block + 1]) + 1):
                 n_in, n_out = _scales(layer, total, n_scales, prune)
                 modules.append(MSDLayer(width, growth_rate, gr_factor, bn_factor, n_in, n_out, bottleneck=bottleneck))
                 width += growth_rate

@@ -163,7 +163,7 @@ class RANet(nn.Module):
         self._initialise()
         # After the initialisation: the first layer keeps PyTorch's own, as in the released networks.
         self.FirstLayer = Stem([n_channels * f for f in reversed(gr_factor)],
-                               [1 if a == b else 2 for a, b in zip(reversed(scale_list), reversed(scale_list[:-1]))],
+                               [1 if a == b else 2 for a, b in zip(scale_list[:0:-1], scale_list[-2::-1])],
                                image_size)
 
     @staticmethod

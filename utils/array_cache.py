@@ -1,9 +1,11 @@
 """Arrays that are expensive to make, kept in one file and made again whenever their key or the file is not right."""
+from __future__ import annotations
 
 import logging
 import os
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ def user_cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "boostnet"
 
 
-def load_or_build(places: list[Path], key: str, build) -> dict[str, np.ndarray]:
+def load_or_build(places: list[Path], key: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The arrays stored under `key` in one of the files `places`, else those of `build()`, stored in the first writable one.
 
     A file with another key is out of date and one that cannot be read is damaged (the archive format checks its own

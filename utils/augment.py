@@ -1,4 +1,7 @@
 """Random crop, flip and normalisation of small images as batched tensor operations without host synchronisation."""
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +22,7 @@ class CropFlip:
     that a whole batch is one table look-up and one gather. The padding is black because it comes before normalisation.
     """
 
-    def __init__(self, size: int, pad: int = 4, flips: bool = True, device="cpu"):
+    def __init__(self, size: int, pad: int = 4, flips: bool = True, device: str | torch.device = "cpu") -> None:
         self.pad = pad
         self.n_choices = (2 if flips else 1) * (2 * pad + 1) ** 2
         dy, dx, flip = self.decode(torch.arange(self.n_choices))
@@ -48,7 +51,7 @@ class CropFlip:
 class Normalise:
     """uint8 (B, 3, H, W) to float32 ((x / 255) - mean) / std, with the same roundings as torchvision's ToTensor and Normalize."""
 
-    def __init__(self, mean, std, device="cpu"):
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: str | torch.device = "cpu") -> None:
         self.mean = torch.tensor(mean, device=device).view(3, 1, 1)
         self.std = torch.tensor(std, device=device).view(3, 1, 1)
 

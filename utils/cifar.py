@@ -1,4 +1,5 @@
 """CIFAR-10 and CIFAR-100 as their authors publish them: the python archive, read directly or downloaded by torchvision."""
+from __future__ import annotations
 
 import pickle
 import socket

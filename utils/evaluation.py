@@ -1,6 +1,7 @@
 """Both prediction modes of a trained network: anytime (every exit on all inputs) and budgeted batch (inputs leave early)."""
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,30 @@ from op_counter import measure_model
 from utils.engine import Predictions, predict
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.restore import restore
 from utils.run import write_json
 from utils.tables import format_table, millions
 
 # A hold-out mean cost further than this from its budget is pointed out.
 MISSED_BUDGET = 0.005
+
+
+def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torch.device) -> None:
+    """Evaluate a checkpoint's network as the flags ask; results go to --result_dir, by default beside the checkpoint.
+
+    Raises:
+        UserError: when weights and architecture differ, a budget is out of range, or thresholds lack a hold-out.
+    """
+    args.num_classes = args.num_classes or data.num_classes
+    model = restore(args, saved).to(device)
+    folder = Path(args.result_dir or Path(args.evaluate_from).parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = header(saved, folder, model, data)
+    if args.evalmode == "dynamic":
+        evaluate_budgeted(model, data, folder, about=about, budgets=args.budget, released=args.sweep == "released",
+                          flat=args.flat_curve, suffix=args.save_suffix)
+    else:
+        evaluate_anytime(model, data, folder, about=about, suffix=args.save_suffix)
 
 
 def header(saved: dict[str, Any], folder: Path, model: BoostedNet, data) -> dict[str, Any]:

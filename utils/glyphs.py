@@ -8,6 +8,7 @@ Every image follows from (SEED, part, number) alone. Its parameters are plain ar
 same everywhere; the outlines come from Pillow's built-in font through FreeType, whose other versions may round single
 pixels differently. The cache therefore belongs to one pair of versions.
 """
+from __future__ import annotations
 
 import math
 from pathlib import Path

@@ -1,99 +1,23 @@
-"""Images in class folders, `root/{train,test}/<class>/*.png`: listing them, decoding them, and all of them as one array."""
+"""Decoding image files, and all the small images of a class-folder data set as one array."""
+from __future__ import annotations
 
-import hashlib
 import os
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils.array_cache import load_or_build, user_cache_folder
+from utils.array_cache import load_or_build
 from utils.errors import UserError
+from utils.listing import Listing, cache_places, check_same_classes, find_test_folder, scan
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-TEST_NAMES = ("test", "val")
 CHUNK = 500  # images per task of the decoding pool
-CACHE_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The image files of one split in a fixed order: classes by name, files by name within a class.
-
-    Attributes:
-        folder: the split's folder.
-        class_names: names of the class folders, sorted; a label is a position in this list.
-        files: path of each image relative to `folder`.
-        labels: (n,) int64.
-        stamps: (n, 2) int64, size in bytes and modification time in ns of each file.
-    """
-
-    folder: Path
-    class_names: list[str]
-    files: list[str]
-    labels: np.ndarray = field(repr=False)
-    stamps: np.ndarray = field(repr=False)
-
-    def key(self) -> str:
-        """Changes when a file is added, removed, renamed or written to."""
-        digest = hashlib.sha256("\n".join(self.files).encode())
-        digest.update(self.stamps.tobytes())
-        return digest.hexdigest()
-
-
-def scan(folder: Path) -> Listing:
-    """List `folder/<class>/*`, leaving out hidden files and other extensions than `EXTENSIONS`.
-
-    Raises:
-        FileNotFoundError: when there is no such folder.
-        UserError: when it has no class folders or one of them is empty.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected {folder.name}/<class>/*.png in {folder.parent}")
-    class_names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    if not class_names:
-        raise UserError(f"{folder} has no class folders; expected {folder}/<class>/ with images in each")
-    files, labels, stamps = [], [], []
-    for label, name in enumerate(class_names):
-        entries = sorted(
-            (entry for entry in os.scandir(folder / name) if _is_image(entry.name) and entry.is_file()), key=lambda e: e.name
-        )
-        if not entries:
-            raise UserError(f"{folder / name} has no images ({', '.join(EXTENSIONS)}); fill this class folder or remove it")
-        files += [f"{name}/{entry.name}" for entry in entries]
-        labels += [label] * len(entries)
-        stamps += [(status.st_size, status.st_mtime_ns) for status in (entry.stat() for entry in entries)]
-    return Listing(folder, class_names, files, np.array(labels, np.int64), np.array(stamps, np.int64))
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-
-
-def find_test_folder(data_root: Path, names=TEST_NAMES) -> Path:
-    """The first of `data_root/<names>` that exists.
-
-    Raises:
-        FileNotFoundError: when none does.
-    """
-    for name in names:
-        if (data_root / name).is_dir():
-            return data_root / name
-    raise FileNotFoundError(f"{data_root} has a 'train' folder but none called {' or '.join(map(repr, names))}")
-
-
-def check_same_classes(train: Listing, test: Listing) -> None:
-    """Raise UserError when the two splits do not have the same class folders."""
-    for has, lacks in ((train, test), (test, train)):
-        missing = sorted(set(has.class_names) - set(lacks.class_names))
-        if missing:
-            raise UserError(
-                f"{lacks.folder} lacks {len(missing)} of the class folders of {has.folder} "
-                f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); both need the same classes"
-            )
+FORMAT = 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -103,7 +27,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode(path) -> Image.Image:
+def decode(path: str | Path) -> Image.Image:
     """The image in `path` as RGB, whatever its extension claims.
 
     Raises:
@@ -131,52 +55,46 @@ def read_class_folders(data_root: Path, image_size: int, quiet: bool = False) ->
     train, test = scan(data_root / "train"), scan(find_test_folder(data_root))
     check_same_classes(train, test)
 
-    def build():
-        return {
-            "train_images": decode_all(train, image_size, quiet),
-            "train_labels": train.labels,
-            "test_images": decode_all(test, image_size, quiet),
-            "test_labels": test.labels,
-            "class_names": np.array(train.class_names),
-        }
+    def build() -> dict[str, np.ndarray]:
+        return {"train_images": decode_all(train, image_size, quiet), "train_labels": train.labels,
+                "test_images": decode_all(test, image_size, quiet), "test_labels": test.labels,
+                "class_names": np.array(train.class_names)}
 
-    name = hashlib.sha256(str(data_root.resolve()).encode()).hexdigest()[:16]
-    places = [data_root / ".boostnet_cache.npz", user_cache_folder() / f"folder-{name}.npz"]
-    return load_or_build(places, f"{CACHE_FORMAT} {image_size} {train.key()} {test.key()}", build)
+    key = f"{FORMAT} {image_size} {train.content_key()} {test.content_key()}"
+    return load_or_build(cache_places(data_root, "images"), key, build)
 
 
 def decode_all(listing: Listing, image_size: int, quiet: bool) -> np.ndarray:
     """(n, 3, image_size, image_size) uint8 of every file in `listing`, decoded by all cores."""
-    paths = [str(listing.folder / file) for file in listing.files]
-    tasks = [(paths[start : start + CHUNK], image_size) for start in range(0, len(paths), CHUNK)]
+    paths = [listing.path(i) for i in range(len(listing.files))]
+    tasks = [(paths[start:start + CHUNK], image_size) for start in range(0, len(paths), CHUNK)]
     images = np.empty((len(paths), 3, image_size, image_size), np.uint8)
     with tqdm(total=len(paths), desc=f"reading {listing.folder.name} images", unit="img", disable=quiet or None) as bar:
         for start, part in zip(range(0, len(paths), CHUNK), in_parallel(_decode_chunk, tasks)):
-            images[start : start + len(part)] = part
+            images[start:start + len(part)] = part
             bar.update(len(part))
     return images
 
 
-def _decode_chunk(task) -> np.ndarray:
+def _decode_chunk(task: tuple[list[str], int]) -> np.ndarray:
     paths, size = task
     images = np.empty((len(paths), 3, size, size), np.uint8)
     for image, path in zip(images, paths):
         decoded = decode(path)
         if decoded.size != (size, size):
-            raise UserError(
-                f"{path} is {decoded.width}x{decoded.height} pixels, but --image_size {size} needs every image to be {size}x{size}"
-            )
+            raise UserError(f"{path} is {decoded.width}x{decoded.height} pixels, but --image_size {size} needs every image "
+                            f"to be {size}x{size}; --image_size 224 crops and scales images of any size")
         image[:] = np.asarray(decoded).transpose(2, 0, 1)
     return images
 
 
-def in_parallel(function, tasks: list):
+def in_parallel(function: Callable[[Any], Any], tasks: list) -> Iterator[Any]:
     """Results of `function(task)` in the order of `tasks`, by one process per core where processes can be forked.
 
     Forked workers start at once and need nothing imported; elsewhere (and for few tasks) the work is done here.
     """
     n_workers = min(_usable_cores(), len(tasks))
-    if n_workers < 2 or os.uname().sysname != "Linux":
+    if n_workers < 2 or sys.platform != "linux":
         yield from map(function, tasks)
         return
     with get_context("fork").Pool(n_workers) as pool:

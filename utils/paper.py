@@ -1,8 +1,9 @@
 """Published accuracies of the BoostNet paper (arXiv:2211.16726), for comparison in tables and plots.
 
-Anytime numbers are those of its tables 1 and 2 (in some text versions the column groups of table 2 carry each other's heading; the
-MACs settle which is which). Budgeted numbers are read off its figures by eye, to about 0.2 points, and come from the sweep over q^n
-of the released program, not from eq. 9. The released training scripts pick the anytime checkpoints by test accuracy.
+Anytime numbers are those of its tables 1 and 2 (some text versions give the two column groups of table 2 each other's
+heading; the MACs settle which is which); the released training scripts pick these checkpoints by test accuracy.
+Budgeted numbers are read off its figures by eye, to about 0.2 points; they come from the released program's sweep over
+q^n, not from eq. 9.
 """
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """Top-1 accuracy in percent at a cost in 10^6 MACs per image; "baseline" is joint training with gradient rescaling."""
+    """Top-1 accuracy in percent at costs in 10^6 MACs; `baseline` is joint training with gradient rescaling."""
 
     millions: tuple[float, ...]
     baseline: tuple[float, ...]
@@ -19,7 +20,7 @@ class Published:
     source: str
 
 
-BY_EYE = "paper's figure, read by eye"
+BY_EYE = "figure, read by eye"
 
 # Accuracy of every exit, by (dataset, backbone).
 ANYTIME = {
@@ -27,22 +28,22 @@ ANYTIME = {
         millions=(15.14, 25.51, 37.79, 52.06, 62.18, 74.07, 87.73, 100.0, 110.1, 121.7),
         baseline=(64.60, 67.94, 69.36, 71.53, 72.76, 74.03, 74.65, 75.37, 75.53, 75.98),
         boostnet=(65.32, 70.01, 72.34, 74.15, 75.24, 75.85, 75.94, 76.51, 76.53, 76.30),
-        source="paper's table 1"),
+        source="table 1"),
     ("cifar100", "ranet"): Published(
         millions=(15.83, 31.31, 44.69, 50.40, 60.71, 63.72, 90.26, 95.00),
         baseline=(66.71, 69.11, 71.22, 71.99, 72.86, 72.93, 73.88, 74.69),
         boostnet=(67.53, 70.83, 73.17, 73.39, 74.20, 74.05, 74.75, 75.08),
-        source="paper's table 1"),
+        source="table 1"),
     ("imagenet", "msdnet"): Published(
         millions=(615.7, 1436, 2283, 2967, 3254),
         baseline=(63.69, 71.12, 73.60, 74.46, 75.24),
         boostnet=(64.78, 71.63, 74.48, 75.35, 76.05),
-        source="paper's table 2"),
+        source="table 2"),
     ("imagenet", "ranet"): Published(
         millions=(435.0, 888.7, 1153, 1352, 2280, 2588, 3236, 3333),
         baseline=(63.29, 67.59, 69.90, 70.84, 74.25, 74.73, 74.29, 74.46),
         boostnet=(64.19, 68.33, 71.07, 71.53, 74.54, 74.90, 75.09, 74.66),
-        source="paper's table 2"),
+        source="table 2"),
 }
 
 # Budgeted batch prediction, several model sizes combined, by (dataset, backbone).

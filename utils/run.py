@@ -131,12 +131,16 @@ def _commit() -> str | None:
         return None
 
 
-def choose_device(name: str, gpu: str) -> torch.device:
+def choose_device(name: str, gpu: str, threads: int | None = None) -> torch.device:
     """Device of this process: "auto" takes CUDA where there is one; the process' local rank picks from the list `gpu`.
+
+    `threads` bounds the CPU threads of this process.
 
     Raises:
         UserError: when CUDA is asked for and missing, or the list names a device that is not there.
     """
+    if threads:
+        torch.set_num_threads(threads)
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

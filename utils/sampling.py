@@ -3,6 +3,7 @@
 One seeded permutation per epoch is cut into global batches and each of those into one contiguous share per rank. Batch
 composition therefore follows from (seed, epoch) alone, and the ranks together see every image exactly once.
 """
+from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Plan:
     shares: list[float]
     n_dropped: int = 0
 
-    def skip(self, n_batches: int) -> "Plan":
+    def skip(self, n_batches: int) -> Plan:
         """The same plan from batch `n_batches` on."""
         start = sum(self.sizes[:n_batches])
         return Plan(self.index[start:], self.sizes[n_batches:], self.shares[n_batches:], self.n_dropped)

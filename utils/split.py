@@ -1,4 +1,5 @@
 """The hold-out split: which training images are kept away from training, drawn once and then only ever reused."""
+from __future__ import annotations
 
 import hashlib
 import pickle
@@ -43,16 +44,15 @@ class Split:
             raise UserError("the hold-out split is damaged: its index is not a rising list of image numbers")
 
     @classmethod
-    def draw(cls, labels: Tensor, valid_size: int, seed: int) -> "Split":
+    def draw(cls, labels: Tensor, valid_size: int, seed: int) -> Split:
         """Hold out `valid_size` images drawn without replacement.
 
         Raises:
             UserError: when nothing would be left on one of the two sides.
         """
         if not 0 < valid_size < len(labels):
-            raise UserError(
-                f"cannot hold {valid_size} of {len(labels)} training images out; pass --valid_size between 1 and {len(labels) - 1}"
-            )
+            raise UserError(f"cannot hold {valid_size} of {len(labels)} training images out; "
+                            f"pass --valid_size between 1 and {len(labels) - 1}")
         order = torch.randperm(len(labels), generator=seeded_generator("split", seed))
         return cls(order[:valid_size].sort().values, len(labels), int(seed), hash_labels(labels))
 
@@ -73,29 +73,19 @@ class Split:
     def check(self, labels: Tensor) -> None:
         """Raise UserError when this split was drawn from other data than `labels` (n_total,)."""
         if len(labels) != self.n_total:
-            raise UserError(
-                f"the saved hold-out split is of {self.n_total} training images, but the data folder has {len(labels)}; "
-                "evaluate with the data the run was trained on"
-            )
+            raise UserError(f"the saved hold-out split is of {self.n_total} training images, but the data folder has "
+                            f"{len(labels)}; evaluate with the data the run was trained on")
         if hash_labels(labels) != self.labels_hash:
-            raise UserError(
-                "the saved hold-out split belongs to other data: the labels differ in value or order "
-                "(class folders and the python archive list CIFAR in different orders); use the layout the run was trained on"
-            )
+            raise UserError("the saved hold-out split belongs to other data: the labels differ in value or order (class folders "
+                            "and the python archive list CIFAR in different orders); use the layout the run was trained on")
 
     def to_dict(self) -> dict:
         """Plain types and one tensor, so that `torch.load(weights_only=True)` reads it back."""
-        return {
-            "format": FORMAT,
-            "valid_index": self.valid_index,
-            "n_total": self.n_total,
-            "seed": self.seed,
-            "labels_hash": self.labels_hash,
-            "hash": self.hash,
-        }
+        return {"format": FORMAT, "valid_index": self.valid_index, "n_total": self.n_total, "seed": self.seed,
+                "labels_hash": self.labels_hash, "hash": self.hash}
 
     @classmethod
-    def from_dict(cls, saved: dict) -> "Split":
+    def from_dict(cls, saved: dict) -> Split:
         """Inverse of `to_dict`.
 
         Raises:
@@ -111,12 +101,12 @@ class Split:
             raise UserError("the hold-out split is damaged: its hash does not fit its content")
         return split
 
-    def save(self, path) -> None:
+    def save(self, path: str | Path) -> None:
         with atomic_write(path) as file:
             torch.save(self.to_dict(), file)
 
     @classmethod
-    def load(cls, path) -> "Split":
+    def load(cls, path: str | Path) -> Split:
         """Read a file written by `save`.
 
         Raises:

@@ -1,6 +1,7 @@
 """The training loop: epochs, validation, checkpoints, log lines. CIFAR and ImageNet share it."""
 from __future__ import annotations
 
+import argparse
 import time
 from typing import Any
 
@@ -11,9 +12,38 @@ from tqdm import tqdm
 from models import BoostedNet
 from utils import checkpoint, distributed
 from utils.engine import EpochFigures, predict, train_epoch
+from utils.evaluation import evaluate_anytime, header
+from utils.methods import build_model
 from utils.objective import ExitLosses
-from utils.rng import rng_state, set_rng_state
-from utils.run import Run
+from utils.optim import build_optimizer, build_scheduler
+from utils.restore import describe
+from utils.rng import rng_state, seed_all, set_rng_state
+from utils.run import Run, plain, start_run
+
+
+def prepare(args: argparse.Namespace, data, device: torch.device) -> Trainer:
+    """Everything a training run needs, from the parsed flags and opened data; resumes or loads weights where asked to.
+
+    Raises:
+        UserError: for flags that fit no network or a folder that cannot be used; nothing has been written then.
+    """
+    args.num_classes = data.num_classes
+    seed_all(args.seed)
+    model = build_model(args).to(device)
+    if args.checkpoint:
+        checkpoint.load_weights(model.backbone, checkpoint.load(args.checkpoint)["state_dict"], args.checkpoint)
+    optimizer = build_optimizer(model.backbone, name=args.optimizer, lr=args.lr_f, momentum=args.momentum,
+                                weight_decay=args.weight_decay)
+    scheduler = build_scheduler(optimizer, kind=args.lr_type, milestones=args.lr_milestones, decay_rate=args.decay_rate,
+                                epochs=args.epochs)
+    run = start_run(args.result_dir, tensorboard_dir=args.tensorboard_dir, config=plain(vars(args)), split=data.split,
+                    device=device)
+    trainer = Trainer(model, data, run, optimizer=optimizer, scheduler=scheduler, objective=ExitLosses(args.loss_equal),
+                      description=describe(args, model, data), epochs=args.epochs, start_epoch=args.start_epoch,
+                      print_freq=args.print_freq)
+    if args.resume:
+        trainer.resume()
+    return trainer
 
 
 class Trainer:
@@ -47,6 +77,12 @@ class Trainer:
         """Train to the last epoch."""
         while self.epoch < self.epochs:
             self._train_one_epoch()
+
+    def test(self) -> None:
+        """Accuracy of the last epoch's network on the test set, which nothing before has looked at."""
+        about = header(self.content(), self.run.folder, self.model, self.data)
+        self.run.results["test"] = evaluate_anytime(self.model, self.data, self.run.folder, about=about)
+        self.run.save_results()
 
     def resume(self) -> bool:
         """Go on from the latest checkpoint of the run folder; False when there is none yet."""
