@@ -112,7 +112,8 @@ class TorchCodecDecoder:
 
     @staticmethod
     def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-        return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+        image = image[None].contiguous(memory_format=torch.channels_last)  # the layout PyTorch scales uint8 images fastest in
+        return F.interpolate(image, size, mode="bilinear", antialias=True)[0]
 
 
 DECODERS: dict[str, Any] = {"pillow": PillowDecoder, "torchcodec": TorchCodecDecoder}

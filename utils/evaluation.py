@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from adaptive_inference import budget_curve, evaluate_thresholds, released_sweep
+from adaptive_inference import budget_curve, released_curve, solve_exit_rate
 from models import BoostedNet
 from op_counter import measure_model
-from utils.engine import Predictions, predict
+from utils.engine import predict
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.restore import restore
@@ -92,13 +92,11 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
         raise UserError("budgeted evaluation fits its thresholds on held-out training images, and this network was trained on "
                         "all of them; train with --use-valid")
     macs = about["macs"]
-    if not released:   # a budget out of range is refused before the networks runs
-        budget_curve([[1.0]] * len(macs), [[True]] * len(macs), [[1.0]] * len(macs), [[True]] * len(macs), macs, budgets)
+    for budget in budgets or []:   # a budget out of range is refused before the network runs
+        solve_exit_rate(macs, budget)
     valid, test = predict(model, data.valid()), predict(model, data.test())
-    if released:
-        points = _released_points(valid, test, macs, flat)
-    else:
-        points = budget_curve(valid.confidence, valid.correct, test.confidence, test.correct, macs, budgets, flat=flat)
+    arrays = (valid.confidence, valid.correct, test.confidence, test.correct, macs)
+    points = released_curve(*arrays, flat=flat) if released else budget_curve(*arrays, budgets, flat=flat)
     result = {**about, "family": "released" if released else "eq9", "flat": flat,
               "points": [{**point, "thresholds": _finite(point["thresholds"])} for point in points]}
     _print_budgeted(result, data)
@@ -107,19 +105,6 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
     _write_costs(folder, macs)
     write_json(folder / f"{name}.json", result)
     return result
-
-
-def _released_points(valid: Predictions, test: Predictions, macs: list[int], flat: bool) -> list[dict[str, Any]]:
-    points = []
-    for row in released_sweep(valid.confidence, valid.correct, test.confidence, test.correct, macs):
-        _, valid_mean, valid_share = evaluate_thresholds(valid.confidence, valid.correct, row["thresholds"], macs)
-        _, _, test_share = evaluate_thresholds(test.confidence, test.correct, row["thresholds"], macs)
-        points.append({"budget": None, "p": None, "shares": row["shares"], "thresholds": row["thresholds"],
-                       "valid_mean_macs": valid_mean, "test_mean_macs": row["mean_cost"], "valid_top1": row["val_accuracy"],
-                       # The released flat curve keeps the accuracy but goes on to the new cost.
-                       "test_top1": row["flat_test_accuracy" if flat else "test_accuracy"],
-                       "valid_exit_share": valid_share.tolist(), "test_exit_share": test_share.tolist()})
-    return points
 
 
 def _finite(thresholds: Sequence[float]) -> list[float]:
@@ -131,8 +116,8 @@ def _print_budgeted(result: dict[str, Any], data) -> None:
     released = result["family"] == "released"
     family = "released sweep (shares ~ q^n, q = 1/20 ... 39/20)" if released else "budgets solved by eq. 9"
     rows = []
-    for i, point in enumerate(result["points"]):
-        asked = f"{(i + 1) / 20:.2f}" if released else millions(point["budget"])
+    for point in result["points"]:
+        asked = f"{point['p']:.2f}" if released else millions(point["budget"])
         shares = " ".join(f"{100 * share:3.0f}" for share in point["test_exit_share"])
         rows.append([asked, millions(point["valid_mean_macs"]), millions(point["test_mean_macs"]),
                      f"{point['valid_top1']:.2f}", f"{point['test_top1']:.2f}", shares])
