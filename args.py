@@ -13,7 +13,7 @@ import re
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from utils.cli import OneLineParser, Rule, each, list_of, number, rising, shown, true_false, whole
 
@@ -75,6 +75,8 @@ def build_parser(datasets: Sequence[str] = tuple(DATASETS)) -> OneLineParser:
         help="auto is cuda where there is one, else cpu (default: %(default)s)")
     add("--gpu", default="0", metavar="N[,N]", help="GPUs to use, no effect on the CPU (default: %(default)s)")
     add("--threads", type=whole, metavar="N", help="CPU threads of PyTorch (default: PyTorch's own choice)")
+    add("--deterministic", action="store_true",
+        help="make CUDA give the same bits in every run, at some cost in speed; the CPU always does")
     add("--print-freq", "-p", type=whole, default=10, metavar="N",
         help="steps between two looks at the running loss (default: %(default)s)")
 
@@ -155,6 +157,9 @@ def build_parser(datasets: Sequence[str] = tuple(DATASETS)) -> OneLineParser:
         help="epochs after which the learning rate drops (default: %(default)s)")
     add("--decay-rate", type=number, default=0.1, metavar="X",
         help="factor of each drop (default: %(default)s)")
+    add("--on_nan", choices=("stop", "skip"), default="stop",
+        help="NaN or infinite loss: stop, or leave such steps out and count them, which waits for the device in every step "
+             "(default: %(default)s)")
     add("--momentum", type=number, default=0.9, metavar="X", help="of sgd and rmsprop (default: %(default)s)")
     add("--weight-decay", "--wd", type=list_of(number, ",", "1e-4,5e-4"), default="1e-4", metavar="X[,X]",
         help="two values: from the first to the last of MSDNet's blocks (default: %(default)s)")
@@ -180,6 +185,15 @@ def build_parser(datasets: Sequence[str] = tuple(DATASETS)) -> OneLineParser:
     add("--dist_backend", choices=("nccl", "gloo"), help="(default: nccl on GPUs, gloo on the CPU)")
     add("--local_rank", "--local-rank", type=whole, default=0, metavar="N", help="accepted for old launchers")
     return parser
+
+
+# What a resumed run may be told anew: where it runs, what it shows, how it meets trouble, and what only evaluation reads. All
+# other flags make the model, the data or the schedule; --epochs has a rule of its own.
+FREE_ON_RESUME = frozenset((
+    "result_dir", "tensorboard_dir", "data_root", "resume", "checkpoint", "start_epoch", "workers", "val_workers", "device",
+    "gpu", "threads", "deterministic", "print_freq", "on_nan", "skip_unreadable", "distributed", "dist_backend", "local_rank",
+    "bnAfter", "evaluate_from", "evalmode", "budget", "sweep", "flat_curve", "save_suffix",
+))
 
 
 def _is_msdnet(args: Namespace) -> bool:
@@ -350,8 +364,6 @@ def _fill_in(args: Namespace) -> None:
         args.valid_size = dataset.valid_size
     if args.evalmode == "anytime" and "evalmode" not in args.explicit and (args.budget or args.sweep):
         args.evalmode = "dynamic"
-    if args.method == "joint":
-        args.ensemble_reweight = [0.0]
 
 
 def require(args: Namespace, *names: str) -> None:
@@ -368,3 +380,25 @@ def forbid(args: Namespace, *names: str) -> None:
     present = [parser.spelling(name) for name in names if name in args.explicit]
     if present:
         parser.error(f"this script has no use for {' and '.join(present)}")
+
+
+def require_unchanged(args: Namespace, before: dict[str, Any], epochs_done: int) -> None:
+    """End the program (one line, exit code 2) if flags contradict those of the run that is to be resumed.
+
+    Args:
+        before: flags of that run by dest name; a flag that did not exist then had its default.
+        epochs_done: complete epochs of that run.
+    """
+    parser = build_parser()
+    free = FREE_ON_RESUME | ({"epochs"} if args.lr_type == "multistep" else set())
+    changed = []
+    for name, default in vars(parser.parse_args([])).items():
+        now, then = getattr(args, name), before.get(name, default)
+        if now != then and name not in free:
+            changed.append(f"{parser.spelling(name)} {shown(now)} (was {shown(then)})")
+    if changed:
+        parser.error(f"--resume: this is not the command of the run in {args.result_dir}: {', '.join(changed)}; give these flags "
+                     "as before, or another --result_dir for a new run")
+    if args.epochs < epochs_done:
+        parser.error(f"--resume: the run in {args.result_dir} has done {epochs_done} epochs already; pass a larger --epochs than "
+                     f"{args.epochs}")

@@ -54,7 +54,8 @@ prepare_environment() {
         stamp=$VENV/installed-${file//\//-}
         if ! cmp -s "$ROOT/$file" "$stamp"; then
             echo "Installing $file" >&2
-            "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$file" || fail "could not install $file, see above"
+            "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$file" ||
+                fail "could not install $file, see above"
             cp "$ROOT/$file" "$stamp"
         fi
     done

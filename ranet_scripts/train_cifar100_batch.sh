@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Train the RANets for budgeted-batch prediction on CIFAR-100 (paper, figure 4).
+#     bash ranet_scripts/train_cifar100_batch.sh [SIZE] [FLAG...]
+# Sizes: 1, 2, 3; all in turn by default. Flags given here win.
+# utils/shell.sh lists what the environment sets: DATA_ROOT, RESULT_ROOT, DRY_RUN=1, ...
+source "$(dirname "${BASH_SOURCE[0]}")/recipes.sh"
+
+each_size train cifar100 "$@"

@@ -1,0 +1,304 @@
+"""The command line: frozen flags and defaults, released command lines, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import args as cli
+from args import build_parser, forbid, parse_args, require
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# People's scripts depend on these spellings: add to the list, take nothing away.
+FLAGS = """
+--arch --base --batch-size --block-step --bnAfter --bnFactor --bottleneck --budget --checkpoint --compress-factor
+--data-root --dataset --decay-rate --deterministic --device --dist_backend --distributed --ensemble_reweight --epochs --evalmode
+--evaluate-from --flat_curve --gpu --grFactor --growthRate --help --image_size --learning-rate --local-rank
+--local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones --method --momentum --nBlocks --nChannels --on_nan --optimizer
+--print-freq --prune --reduction --result_dir --resume --save_suffix --scale-list --seed --start-epoch --step
+--stepmode --sweep --tensorboard_dir --threads --trainable_ensemble --use-valid --val_workers --valid_size --wd
+--weight-decay --workers -h -p
+"""
+
+DEFAULTS = dict(
+    result_dir=None, tensorboard_dir=None, resume=False, checkpoint=None, seed=0, device="auto", gpu="0", threads=None,
+    deterministic=False, print_freq=10, on_nan="stop",
+    dataset="cifar100", data_root="data", image_size=32, num_classes=100, use_valid=False,
+    valid_size=5000, workers=4, val_workers=1, arch="msdnet_ge", nBlocks=1, base=4, step=1, stepmode="even",
+    nChannels=32, growthRate=6, grFactor=[1, 2, 4], bnFactor=[1, 2, 4], bottleneck=True, prune="max", reduction=0.5,
+    block_step=2, scale_list=[1, 2, 3], compress_factor=0.25, bnAfter=True, method="boost", ensemble_reweight=[0.5],
+    trainable_ensemble=False, loss_equal=False, epochs=300, start_epoch=0, batch_size=64, optimizer="sgd", lr_f=0.1,
+    lr_type="multistep", lr_milestones=[100, 200], decay_rate=0.1, momentum=0.9, weight_decay=[1e-4],
+    evaluate_from=None, evalmode="anytime", budget=None, sweep=None, flat_curve=False, save_suffix="",
+    distributed=False, dist_backend=None, local_rank=0,
+)
+
+# (command line, flag that the message has to name)
+MISTAKES = [
+    ("--no-such-flag", "--no-such-flag"),
+    ("--batch 64", "--batch"),  # no abbreviations
+    ("stray", "stray"),
+    ("--epochs", "--epochs"),
+    ("--epochs 1.5", "--epochs"),
+    ("--epochs 1_000", "--epochs"),
+    ("--epochs ten", "--epochs"),
+    ("--seed -1", "--seed"),
+    ("--seed 4294967296", "--seed"),
+    ("--lr_f nan", "--lr_f"),
+    ("--lr inf", "--lr"),
+    ("--learning-rate 1e999", "--lr"),
+    ("--momentum 1", "--momentum"),
+    ("--momentum nan", "--momentum"),
+    ("--decay-rate 0", "--decay-rate"),
+    ("--decay-rate 1.5", "--decay-rate"),
+    ("--reduction 0", "--reduction"),
+    ("--reduction 2", "--reduction"),
+    ("--compress-factor 1", "--compress-factor"),
+    ("--bottleneck maybe", "--bottleneck"),
+    ("--bottleneck", "--bottleneck"),
+    ("--arch resnet", "--arch"),
+    ("--dataset mnist", "--dataset"),
+    ("--stepmode odd", "--stepmode"),
+    ("--optimizer adamw", "--optimizer"),
+    ("--lr-type step", "--lr-type"),
+    ("--device tpu", "--device"),
+    ("--on_nan maybe", "--on_nan"),
+    ("--gpu zero", "--gpu"),
+    ("--gpu 0,", "--gpu"),
+    ("--gpu 0,0", "--gpu"),
+    ("--save_suffix a/b", "--save_suffix"),
+    ("--result_dir=", "--result_dir"),
+    ("--tensorboard_dir=", "--tensorboard_dir"),
+    ("--data-root=", "--data-root"),
+    ("--checkpoint=", "--checkpoint"),
+    ("--evaluate-from=", "--evaluate-from"),
+    # Data.
+    ("--dataset folder --image_size 64", "--image_size"),
+    ("--dataset cifar100 --image_size 224", "--image_size"),
+    ("--valid_size 100", "--valid_size"),
+    ("--use-valid --valid_size 50000", "--valid_size"),
+    ("--dataset glyphs --use-valid --valid_size 20000", "--valid_size"),
+    # Network.
+    ("--grFactor 1,2,4", "--grFactor"),
+    ("--grFactor 1--2", "--grFactor"),
+    ("--grFactor 1-2-x", "--grFactor"),
+    ("--grFactor 1-2-4-4", "--bnFactor"),
+    ("--bnFactor 1-2", "--bnFactor"),
+    ("--grFactor 1-2 --bnFactor 1-2", "--grFactor"),
+    ("--dataset imagenet --arch msdnet --nBlocks 5", "--grFactor"),
+    ("--grFactor 1-1-1 --growthRate 5", "--grFactor"),
+    ("--arch ranet --scale-list 1-2", "--scale-list"),
+    ("--arch ranet --scale-list 2-2-3", "--scale-list"),
+    ("--arch ranet --scale-list 1-3-2", "--scale-list"),
+    ("--arch ranet --scale-list 1-2-2", "--scale-list"),
+    ("--arch ranet --dataset imagenet", "--scale-list"),
+    ("--arch ranet --growthRate 1 --grFactor 4-2-1", "--compress-factor"),
+    ("--prune min --base 1", "--nBlocks"),
+    ("--nBlocks 1000000000", "--nBlocks"),
+    ("--nBlocks 1000000000 --stepmode lin_grow", "--nBlocks"),
+    ("--arch ranet --nBlocks 1000000000", "--nBlocks"),
+    # Method.
+    ("--ensemble_reweight 0.5,", "--ensemble_reweight"),
+    ("--ensemble_reweight nan", "--ensemble_reweight"),
+    ("--ensemble_reweight=-0.1", "--ensemble_reweight"),
+    ("--nBlocks 5 --ensemble_reweight 0.1,0.2,0.3", "--ensemble_reweight"),
+    ("--arch ranet --nBlocks 2 --ensemble_reweight 0.1,0.2,0.3", "--ensemble_reweight"),
+    ("--method joint --trainable_ensemble", "--trainable_ensemble"),
+    ("--method l2w", "--method"),
+    # Training.
+    ("--epochs 10 --start-epoch 10", "--start-epoch"),
+    ("--lr_milestones 9,6", "--lr_milestones"),
+    ("--lr_milestones 6,6", "--lr_milestones"),
+    ("--lr_milestones 6,", "--lr_milestones"),
+    ("--weight-decay 1e-4,2e-4,3e-4", "--weight-decay"),
+    ("--wd x", "--weight-decay"),
+    ("--arch ranet --weight-decay 1e-4,2e-4", "--weight-decay"),
+    ("--resume --checkpoint a.pth", "--resume"),
+    ("--resume --start-epoch 0", "--resume"),
+    # Evaluation.
+    ("--evaluate-from a.pth --checkpoint b.pth", "--checkpoint"),
+    ("--evaluate-from a.pth --resume", "--resume"),
+    ("--evaluate-from a.pth --grFactor 1-2-4 --bnFactor 1-2", "--bnFactor"),
+    ("--evalmode fast", "--evalmode"),
+    ("--budget nan", "--budget"),
+    ("--budget inf", "--budget"),
+    ("--budget 40e6,,60e6", "--budget"),
+    ("--budget 40e6 --sweep released", "--budget"),
+    ("--evalmode anytime --budget 40e6", "--budget"),
+    ("--evalmode anytime --sweep released", "--sweep"),
+    ("--sweep mine", "--sweep"),
+    *((f"{flag}=0", flag) for flag in (
+        "--nBlocks --base --step --nChannels --growthRate --grFactor --bnFactor --block-step --scale-list --epochs "
+        "--batch-size --print-freq --threads --lr_milestones --lr_f --budget --image_size").split()),
+    ("--use-valid --valid_size 0", "--valid_size"),
+    *((f"{flag}=-1", flag) for flag in (
+        "--start-epoch --workers --val_workers --local_rank --weight-decay --momentum").split()),
+]
+
+# Command lines as the released scripts have them, but for paths.
+RELEASED = [
+    "--data-root d --dataset cifar100 --result_dir r --use-valid --arch ranet --ensemble_reweight 0.5 --batch-size 64 "
+    "--nBlocks 2 --stepmode lin_grow --step 2 --scale-list 1-2-3 --grFactor 4-2-1 --bnFactor 4-2-1 --nChannels 16 "
+    "--workers 8 --lr_f 0.1 --lr_milestones 150,225 --epochs 300 --weight-decay 1e-4",
+    "--local-rank=3 --distributed --data-root d --dataset imagenet --result_dir r --tensorboard_dir r/log "
+    "--arch msdnet_ge --ensemble_reweight 0.5 --batch-size 64 --nBlocks 5 --stepmode even --step 7 --base 7 "
+    "--nChannels 32 --growthRate 16 --grFactor 1-2-4-4 --bnFactor 1-2-4-4 --workers 16 --lr_f 0.1 "
+    "--lr_milestones 30,60 --gpu 0,1,2,3 --epochs 90 --weight-decay 1e-4 --dist_backend nccl --local_rank 0",
+    "--data-root d --dataset imagenet --result_dir r --arch msdnet_ge --save_suffix _use_reweight "
+    "--ensemble_reweight 0.5 --batch-size 1024 --nBlocks 5 --stepmode even --step 7 --base 7 --nChannels 32 "
+    "--growthRate 16 --grFactor 1-2-4-4 --bnFactor 1-2-4-4 --flat_curve --evalmode dynamic "
+    "--evaluate-from r/model_best.pth --use-valid --val_workers 16 --gpu 0",
+    "--data-root d --dataset cifar100 --result_dir r --arch ranet --save_suffix _use_reweight --ensemble_reweight 0.5 "
+    "--batch-size 128 --nBlocks 2 --stepmode even --step 4 --nChannels 16 --scale-list 1-2-3-3 --grFactor 4-2-1-1 "
+    "--bnFactor 4-2-1-1 --evalmode anytime --evaluate-from r/model_best.pth --val_workers 4 --gpu 0",
+    "--method joint --ensemble_reweight 0.5 --bottleneck True --bnAfter -p 5 --wd 1e-4,5e-4 --lr 0.1 --lr-type cosine",
+]
+
+
+def refused(capsys: pytest.CaptureFixture, call, *arguments) -> str:
+    """The one line on stderr of a call that ends the program with exit code 2."""
+    with pytest.raises(SystemExit) as ended:
+        call(*arguments)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert out == ""
+    assert err.count("\n") == 1 and err.endswith("\n"), err
+    return err
+
+
+def test_the_flags_are_frozen():
+    spelled = {option for action in build_parser()._actions for option in action.option_strings}
+    assert spelled == set(FLAGS.split())
+
+
+def test_the_defaults_are_frozen():
+    assert vars(parse_args([])) == {**DEFAULTS, "explicit": frozenset()}
+
+
+def test_every_flag_has_a_help_text_with_its_default():
+    for action in build_parser()._actions:
+        assert action.help, action.dest
+        if action.default not in (None, False, True, "", 0, "==SUPPRESS=="):
+            assert "default" in action.help, action.dest
+
+
+@pytest.mark.parametrize(("line", "flag"), MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_mistake_ends_with_one_line_that_names_the_flag(capsys, line, flag):
+    message = refused(capsys, parse_args, line.split())
+    assert ": error: " in message
+    assert flag in message
+
+
+def test_every_rule_is_broken_by_some_mistake_of_the_list(monkeypatch, capsys):
+    seen = set()
+
+    def noticed(number, rule):
+        def message(args):
+            seen.add(number)
+            return rule.message(args)
+
+        return replace(rule, message=message)
+
+    monkeypatch.setattr(cli, "RULES", tuple(noticed(number, rule) for number, rule in enumerate(cli.RULES)))
+    for line, _ in MISTAKES:
+        refused(capsys, parse_args, line.split())
+    missing = [rule.flags for number, rule in enumerate(cli.RULES) if number not in seen]
+    assert not missing
+
+
+def test_a_message_stays_one_line_when_the_value_has_a_line_break(capsys):
+    assert "unrecognized" in refused(capsys, parse_args, ["two\nlines"])
+    assert "--epochs" in refused(capsys, parse_args, ["--epochs", "1\n2"])
+
+
+def test_a_misspelt_flag_is_answered_with_the_near_one(capsys):
+    assert "did you mean --nBlocks?" in refused(capsys, parse_args, ["--n-blocks", "4"])
+
+
+@pytest.mark.parametrize("line", RELEASED)
+def test_released_command_lines_run_unchanged(line):
+    parse_args(line.split())
+
+
+def test_lists_and_switches_are_converted():
+    args = parse_args("--nBlocks 3 --budget 40e6,6.5e7 --ensemble_reweight 0.3,0.5,0.7 --weight-decay 1e-4,5e-4 "
+                      "--bottleneck false --lr_milestones 150,225".split())
+    assert args.budget == [40e6, 65e6]
+    assert args.ensemble_reweight == [0.3, 0.5, 0.7]
+    assert args.weight_decay == [1e-4, 5e-4]
+    assert args.lr_milestones == [150, 225]
+    assert args.bottleneck is False
+
+
+def test_explicit_holds_what_was_given_even_where_it_equals_the_default():
+    args = parse_args("--lr 0.1 --batch-size 64 --use-valid --local-rank 0".split())
+    assert args.explicit == {"lr_f", "batch_size", "use_valid", "local_rank"}
+
+
+@pytest.mark.parametrize(("line", "classes", "side", "valid_size"), [
+    ("--dataset cifar10", 10, 32, 5000),
+    ("--dataset cifar100", 100, 32, 5000),
+    ("--dataset imagenet", 1000, 224, 50_000),
+    ("--dataset glyphs", 36, 32, 2000),
+    ("--dataset folder", None, 32, None),
+    ("--dataset folder --image_size 224 --use-valid --valid_size 7", None, 224, 7),
+])
+def test_the_data_set_settles_classes_size_and_hold_out(line, classes, side, valid_size):
+    args = parse_args(line.split())
+    assert (args.num_classes, args.image_size, args.valid_size) == (classes, side, valid_size)
+
+
+def test_a_script_can_limit_the_data_sets_and_has_the_first_as_default(capsys):
+    assert parse_args([], datasets=("imagenet", "folder")).num_classes == 1000
+    assert "--dataset" in refused(capsys, lambda: parse_args(["--dataset", "glyphs"], datasets=("imagenet", "folder")))
+
+
+def test_a_budget_or_sweep_alone_means_dynamic_evaluation():
+    assert parse_args(["--budget", "40e6"]).evalmode == "dynamic"
+    assert parse_args(["--sweep", "released"]).evalmode == "dynamic"
+
+
+def test_an_evaluation_is_not_held_to_defaults_that_its_file_replaces():
+    # Of a RANet with four sub-networks: the default --scale-list has three entries, but the file's counts.
+    parse_args("--evaluate-from a.pth --arch ranet --grFactor 4-2-1-1".split())
+    parse_args("--evaluate-from a.pth --ensemble_reweight 0.1,0.2,0.3,0.4".split())
+
+
+def test_require_and_forbid_name_the_flags(capsys):
+    args = parse_args(["--result_dir", "r", "--evaluate-from", "f"])
+    require(args, "result_dir", "evaluate_from")
+    forbid(args, "resume", "checkpoint")
+    assert "--evaluate-from" in refused(capsys, require, parse_args([]), "evaluate_from")
+    assert "--checkpoint and --budget" in refused(capsys, require, args, "result_dir", "checkpoint", "budget")
+    assert "--result_dir and --evaluate-from" in refused(capsys, forbid, args, "result_dir", "evaluate_from")
+
+
+def test_importing_args_parses_nothing_and_loads_no_torch():
+    program = "import sys; sys.argv.append('--no-such-flag'); import args; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 0
+
+
+WORDS = st.one_of(
+    st.sampled_from(FLAGS.split()),
+    st.sampled_from("0 1 -1 1-2-4 0.5 1,2 nan -inf ranet cifar10 folder true =".split()),
+    st.text(max_size=8),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(WORDS, max_size=8))
+def test_any_list_of_words_is_parsed_or_refused_with_an_exit_code(words):
+    try:
+        args = parse_args(words)
+    except SystemExit as ended:
+        asked_for_help = any(word.startswith(("-h", "--help")) for word in words)
+        assert ended.code == 2 or (ended.code == 0 and asked_for_help)
+    else:
+        assert set(vars(args)) == {*DEFAULTS, "explicit"}

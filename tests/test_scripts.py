@@ -1,0 +1,235 @@
+"""The shell scripts, by what they would run (DRY_RUN=1): flags args.py takes, the paper's networks, one run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from args import NETWORK, parse_args
+
+ROOT = Path(__file__).resolve().parent.parent
+FAMILIES, DATASETS = ("msdnet", "ranet"), ("cifar100", "imagenet")
+SIZES = {"msdnet_cifar100": ["4", "8", "12"], "msdnet_imagenet": ["4", "6", "7"],
+         "ranet_cifar100": ["1", "2", "3"], "ranet_imagenet": ["1", "2"]}
+
+# Script and size -> the network in tests/data/macs.json that it has to train.
+REFERENCE = {
+    ("msdnet_cifar100", "any"): "msdnet_cifar100_anytime",
+    **{("msdnet_cifar100", size): f"msdnet_cifar100_batch_base{size}" for size in ("4", "8", "12")},
+    ("msdnet_imagenet", "any"): "msdnet_imagenet_step7",
+    **{("msdnet_imagenet", size): f"msdnet_imagenet_step{size}" for size in ("4", "5", "6", "7")},
+    ("ranet_cifar100", "any"): "ranet_cifar100_anytime",
+    **{("ranet_cifar100", size): f"ranet_cifar100_batch_model{size}" for size in ("1", "2", "3")},
+    ("ranet_imagenet", "any"): "ranet_imagenet_c64",
+    ("ranet_imagenet", "1"): "ranet_imagenet_c32",
+    ("ranet_imagenet", "2"): "ranet_imagenet_c64",
+}
+
+
+def bash(script: Path | str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    own = ("PYTHON", "DATA_ROOT", "RESULT_ROOT", "NPROC", "TORCHRUN", "DRY_RUN")
+    clean = {name: value for name, value in os.environ.items() if name not in own}
+    return subprocess.run(["bash", str(script), *arguments], cwd=cwd, env={**clean, **environment}, text=True,
+                          capture_output=True, timeout=120, stdin=subprocess.DEVNULL)
+
+
+def commands(script: str, *arguments: str, cwd: Path, **environment: str) -> list[list[str]]:
+    """The commands a script of the repository would run."""
+    done = bash(ROOT / script, *arguments, cwd=cwd, DRY_RUN="1", **environment)
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def flags(command: list[str]) -> Namespace:
+    """The flags of a command, parsed as its entry point would."""
+    entry = next(i for i, word in enumerate(command) if word.endswith(".py"))
+    return parse_args(command[entry + 1:])
+
+
+def model_commands(action: str, model: str, size: str, cwd: Path, **environment: str) -> list[str]:
+    """The command for one model, e.g. ("train", "msdnet_cifar100", "8")."""
+    family, dataset = model.split("_")
+    mode, arguments = ("any", []) if size == "any" else ("batch", [size])
+    [command] = commands(f"{family}_scripts/{action}_{dataset}_{mode}.sh", *arguments, cwd=cwd, **environment)
+    return command
+
+
+def test_all_sixteen_scripts_are_there_and_executable():
+    for family in FAMILIES:
+        for name in (f"{action}_{data}_{mode}.sh" for action in ("train", "eval") for data in DATASETS
+                     for mode in ("any", "batch")):
+            assert os.access(ROOT / f"{family}_scripts" / name, os.X_OK), name
+
+
+SHELL_FILES = [*sorted(ROOT.glob("*/*.sh")), ROOT / ".ci/run"]
+
+
+@pytest.mark.parametrize("script", SHELL_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_bash_can_parse_the_script(script):
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.parametrize(("model", "size"), REFERENCE)
+@pytest.mark.parametrize("action", ["train", "eval"])
+def test_the_network_is_the_published_one(action, model, size, tmp_path):
+    configs = {config["name"]: config for config in json.loads((ROOT / "tests/data/macs.json").read_text())["configs"]}
+    expected = parse_args(configs[REFERENCE[model, size]]["flags"].split())
+    args = flags(model_commands(action, model, size, tmp_path))
+    assert {name: getattr(args, name) for name in NETWORK} == {name: getattr(expected, name) for name in NETWORK}
+    assert args.dataset == expected.dataset
+    assert args.use_valid == (size != "any")
+
+
+@pytest.mark.parametrize(("model", "size"), REFERENCE)
+def test_evaluation_reads_the_folder_that_training_writes(model, size, tmp_path):
+    trained, evaluated = (flags(model_commands(action, model, size, tmp_path)) for action in ("train", "eval"))
+    assert evaluated.result_dir == trained.result_dir
+    assert evaluated.evaluate_from == f"{trained.result_dir}/model_best.pth"
+
+
+def test_every_model_has_a_run_folder_of_its_own(tmp_path):
+    folders = [flags(model_commands("train", model, size, tmp_path)).result_dir for model, size in REFERENCE]
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("model", SIZES)
+@pytest.mark.parametrize("action", ["train", "eval"])
+def test_a_batch_script_does_all_sizes_in_turn(action, model, tmp_path):
+    family, dataset = model.split("_")
+    every = commands(f"{family}_scripts/{action}_{dataset}_batch.sh", cwd=tmp_path)
+    assert every == [model_commands(action, model, size, tmp_path) for size in SIZES[model]]
+
+
+def test_an_unknown_size_is_refused_with_the_sizes_there_are(tmp_path):
+    for size in ("5", "any", "*", "4 8"):
+        done = bash(ROOT / "msdnet_scripts/train_cifar100_batch.sh", size, cwd=tmp_path, DRY_RUN="1")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "4 8 12" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_training_settings_are_the_papers(tmp_path):
+    cifar = flags(model_commands("train", "ranet_cifar100", "any", tmp_path))
+    assert (cifar.epochs, cifar.lr_milestones, cifar.batch_size) == (300, [150, 225], 64)
+    command = model_commands("train", "msdnet_imagenet", "any", tmp_path)
+    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
+    imagenet = flags(command)
+    assert (imagenet.epochs, imagenet.lr_milestones, imagenet.batch_size) == (90, [30, 60], 64)
+    assert (imagenet.gpu, imagenet.distributed) == ("0,1,2,3", True)
+    assert imagenet.tensorboard_dir == f"{imagenet.result_dir}/log"
+    for args in (cifar, imagenet):
+        assert (args.lr_f, args.weight_decay, args.ensemble_reweight, args.workers) == (0.1, [1e-4], [0.5], 16)
+
+
+@pytest.mark.parametrize(("model", "batch_size"), [("msdnet_cifar100", 128), ("ranet_cifar100", 128),
+                                                   ("msdnet_imagenet", 1024), ("ranet_imagenet", 64)])
+def test_evaluation_settings_are_the_released_ones(model, batch_size, tmp_path):
+    for size, mode in (("any", "anytime"), (SIZES[model][0], "dynamic")):
+        args = flags(model_commands("eval", model, size, tmp_path))
+        assert (args.evalmode, args.flat_curve) == (mode, mode == "dynamic")
+        assert (args.batch_size, args.workers, args.gpu, args.save_suffix) == (batch_size, 1, "0", "_use_reweight")
+        assert args.val_workers == (16 if "imagenet" in model else 1)
+
+
+@pytest.mark.parametrize("action", ["train", "eval"])
+def test_the_environment_moves_data_and_results_and_flags_given_win(action, tmp_path):
+    [command] = commands(f"msdnet_scripts/{action}_cifar100_any.sh", "--batch-size", "7", "--device", "cpu",
+                         cwd=tmp_path, DATA_ROOT="/some where/data", RESULT_ROOT="runs", PYTHON="/opt/my python")
+    args = flags(command)
+    assert command[0] == "/opt/my python"
+    assert args.data_root == "/some where/data"
+    assert Path(args.result_dir).parent == tmp_path / "runs"
+    assert (args.batch_size, args.device) == (7, "cpu")
+
+
+def test_the_number_of_processes_and_torchruns_options_can_be_set(tmp_path):
+    two = model_commands("train", "ranet_imagenet", "any", tmp_path, NPROC="2")
+    assert "--nproc_per_node=2" in two and flags(two).gpu == "0,1"
+    nodes = model_commands("train", "ranet_imagenet", "any", tmp_path, TORCHRUN="--nnodes=2 --nproc_per_node=4")
+    assert nodes[3:5] == ["--nnodes=2", "--nproc_per_node=4"] and "--standalone" not in nodes
+
+
+def test_a_failing_run_stops_the_script_with_its_exit_code(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho started\nexit 3\n")
+    python.chmod(0o755)
+    done = bash(ROOT / "ranet_scripts/train_cifar100_batch.sh", cwd=tmp_path, PYTHON=str(python))
+    assert (done.returncode, done.stdout) == (3, "started\n")
+
+
+def test_the_quickstart_trains_evaluates_both_modes_and_plots(tmp_path):
+    train, anytime, dynamic, plots = commands("msdnet_scripts/quickstart.sh", "--epochs", "5", cwd=tmp_path,
+                                              RESULT_ROOT=str(tmp_path))
+    assert (flags(train).dataset, flags(train).use_valid, flags(train).epochs) == ("glyphs", True, 5)
+    assert [flags(command).evalmode for command in (anytime, dynamic)] == ["anytime", "dynamic"]
+    for command in (anytime, dynamic):
+        assert flags(command).evaluate_from == f"{flags(train).result_dir}/model_best.pth"
+        assert flags(command).dataset == "glyphs"
+    assert plots[1:] == ["-m", "utils.plots", flags(train).result_dir]
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """A folder with utils/shell.sh, two requirement files and a .venv whose python only writes down its arguments."""
+    for folder in ("utils", "tests", ".venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "utils/shell.sh", tmp_path / "utils")
+    (tmp_path / "requirements.txt").write_text("torch\n")
+    (tmp_path / "tests/requirements.txt").write_text("pytest\n")
+    python = tmp_path / ".venv/bin/python"
+    python.write_text('#!/bin/sh\ncase $* in *pip*) echo "$*" >>"$(dirname "$0")/calls" ;; esac\n')
+    python.chmod(0o755)
+    script = "source utils/shell.sh; prepare_environment requirements.txt tests/requirements.txt; python_path\n"
+    (tmp_path / "prepare.sh").write_text(script)
+    return tmp_path
+
+
+def installs(clone: Path) -> list[str]:
+    """The requirement files that pip was asked to install, in order."""
+    calls = clone / ".venv/bin/calls"
+    lines = calls.read_text().splitlines() if calls.exists() else []
+    return [str(Path(line.split()[-1]).relative_to(clone)) for line in lines]
+
+
+def test_requirements_are_installed_once_and_again_when_they_change(clone):
+    for _ in range(2):
+        done = bash(clone / "prepare.sh", cwd=clone)
+        assert done.stdout.strip() == str(clone / ".venv/bin/python"), done.stderr
+        assert installs(clone) == ["requirements.txt", "tests/requirements.txt"]
+    (clone / "requirements.txt").write_text("torch\ntqdm\n")
+    bash(clone / "prepare.sh", cwd=clone)
+    assert installs(clone)[2:] == ["requirements.txt"]
+
+
+def test_a_failed_installation_is_tried_again(clone):
+    python = clone / ".venv/bin/python"
+    working = python.read_text()
+    python.write_text(working + 'case $* in *pip*) exit 1 ;; esac\n')
+    done = bash(clone / "prepare.sh", cwd=clone)
+    assert done.returncode == 2 and "could not install requirements.txt" in done.stderr
+    python.write_text(working)
+    assert bash(clone / "prepare.sh", cwd=clone).returncode == 0
+    assert installs(clone) == ["requirements.txt", "requirements.txt", "tests/requirements.txt"]
+
+
+def test_a_python_of_ones_own_is_taken_as_it_is(clone):
+    assert bash(clone / "prepare.sh", cwd=clone, PYTHON="mine").stdout == "mine\n"
+    assert installs(clone) == []
+
+
+def test_a_python_too_old_is_refused_with_one_line(clone):
+    shutil.rmtree(clone / ".venv")
+    (clone / "bin").mkdir()
+    old = clone / "bin/python3"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.1 && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    done = bash(clone / "prepare.sh", cwd=clone, PATH=f"{clone / 'bin'}:{os.environ['PATH']}")
+    assert done.returncode == 2
+    assert "3.10" in done.stderr and "Python 3.8.1" in done.stderr and done.stderr.count("\n") == 1
+    assert not (clone / ".venv").exists()
