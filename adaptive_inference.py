@@ -138,7 +138,7 @@ def _fit_quotas(confidence: np.ndarray, quotas: Sequence[int], *, nobody: float,
         elif quota > 0:
             rank = present.size - quota
             thresholds[k] = np.partition(present, rank)[rank]
-        left = left[present < thresholds[k]]
+        left = left.compress(present < thresholds[k])  # several times faster than indexing with the mask
     thresholds[-1] = -nobody
     return thresholds
 
@@ -148,8 +148,8 @@ def _departures(confidence: np.ndarray, thresholds: np.ndarray) -> Iterator[np.n
     left = np.arange(confidence.shape[1])
     for k in range(len(confidence) - 1):
         stays = confidence[k].take(left) < thresholds[k]
-        yield left[~stays]
-        left = left[stays]
+        yield left.compress(~stays)
+        left = left.compress(stays)
     yield left
 
 
@@ -214,7 +214,7 @@ def combine_sizes(curves: Sequence[dict]) -> list[dict]:
                         ("flat", "evaluate all sizes with or all without --flat_curve")):
         found = {curve["name"]: curve[key] for curve in curves}
         if len(set(found.values())) > 1 or None in found.values():
-            listing = ", ".join(f"{name}: {value}" for name, value in found.items())
+            listing = ", ".join(f"{name}: {str(value)[:12]}" for name, value in found.items())
             raise UserError(f"these runs differ in {key} and cannot be combined ({listing}); {remedy}")
 
     sizes = [sorted(curve["points"], key=curve_position) for curve in curves]

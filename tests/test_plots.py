@@ -1,0 +1,175 @@
+"""Figures from small made-up run folders."""
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from utils import plots
+from utils.errors import UserError
+from utils.paper import ANYTIME, BUDGETED
+
+MACS = [10_000_000, 20_000_000, 40_000_000]
+
+
+def write_run(folder, *, anytime=True, dynamic=True, points=((10, 60, 61), (20, 66, 65), (40, 70, 69)), base=4, arch="msdnet_ge",
+              method="boost", dataset="cifar100", family="eq9", flat=False, split_hash="a" * 64, suffix=""):
+    """A run folder with evaluation files; points are (10^6 MACs, hold-out accuracy, test accuracy)."""
+    folder.mkdir(exist_ok=True)
+    header = {"format": 1, "name": folder.name, "arch": arch, "method": method, "dataset": dataset, "n_test": 10_000,
+              "config": {"arch": arch, "base": base}, "split_hash": split_hash, "macs": MACS, "params": [1, 2, 3]}
+    if anytime:
+        (folder / f"anytime{suffix}.json").write_text(json.dumps({**header, "top1": [60.0, 65.0, 69.0], "top5": [90.0] * 3}))
+    if dynamic:
+        entries = [{"budget": None if family == "released" else macs * 1e6, "valid_mean_macs": macs * 1e6,
+                    "test_mean_macs": macs * 1e6, "valid_top1": valid, "test_top1": test} for macs, valid, test in points]
+        name = f"dynamic{'_flat' if flat else ''}{suffix}.json"
+        (folder / name).write_text(json.dumps({**header, "family": family, "flat": flat, "points": entries}))
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures of `plot_runs` by name, in place of files."""
+    figures = {}
+
+    def keep(figure, stem, *, svg):
+        figures[stem.name] = figure
+        return []
+
+    monkeypatch.setattr(plots, "save", keep)
+    return figures
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def line(figure, label):
+    return next(line for line in figure.axes[0].lines if line.get_label() == label)
+
+
+def test_two_figures_land_in_the_first_run_folder(tmp_path):
+    runs = [write_run(tmp_path / "boost"), write_run(tmp_path / "joint", method="joint")]
+    assert plots.plot_runs(runs) == [runs[0] / "anytime.png", runs[0] / "budgeted.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in runs[0].glob("*.png"))
+    assert not list(runs[1].glob("*.png"))
+
+
+def test_svg_files_are_written_on_request_and_are_well_formed(tmp_path):
+    written = plots.plot_runs([write_run(tmp_path / "run")], tmp_path / "new" / "folder", svg=True)
+    assert [path.name for path in written] == ["anytime.png", "anytime.svg", "budgeted.png", "budgeted.svg"]
+    ElementTree.parse(tmp_path / "new" / "folder" / "anytime.svg")
+
+
+def test_staircase_has_the_exits_as_steps_and_stays_level_after_the_last(tmp_path, drawn):
+    plots.plot_runs([write_run(tmp_path / "run", dynamic=False)], paper="none")
+    assert drawn.keys() == {"anytime"}
+    staircase = line(drawn["anytime"], "BoostNet, MSDNet")
+    x, y = staircase.get_data()
+    assert list(x[:3]) == [10, 20, 40] and x[3] > 40
+    assert list(y) == [60, 65, 69, 69]
+    assert staircase.get_drawstyle() == "steps-post"
+
+
+def test_axes_name_units_and_the_title_names_data_set_and_family(tmp_path, drawn):
+    plots.plot_runs([write_run(tmp_path / "run")])
+    axes = drawn["budgeted"].axes[0]
+    assert "MACs" in axes.get_xlabel() and "10^6" in axes.get_xlabel() and "%" in axes.get_ylabel()
+    assert "CIFAR-100, 10,000 test images" in axes.get_title() and "eq. 9" in axes.get_title()
+
+
+def test_synthetic_data_are_called_synthetic_and_never_compared_with_the_paper(tmp_path, drawn):
+    plots.plot_runs([write_run(tmp_path / "run", dataset="glyphs", family="released")])
+    for figure in drawn.values():
+        assert "synthetic" in figure.axes[0].get_title()
+        assert not any("paper" in label for label in legend(figure))
+
+
+def test_families_in_one_figure_are_named_in_the_legend(tmp_path, drawn):
+    plots.plot_runs([write_run(tmp_path / "one"), write_run(tmp_path / "two", family="released", flat=True)], paper="none")
+    assert legend(drawn["budgeted"]) == ["BoostNet, MSDNet, eq. 9", "BoostNet, MSDNet, released sweep, flat curve"]
+
+
+def test_runs_of_the_same_configuration_are_told_apart_by_name(tmp_path, drawn):
+    runs = [write_run(tmp_path / "seed0"), write_run(tmp_path / "seed1", split_hash="b" * 64)]
+    plots.plot_runs(runs, paper="none")
+    for figure in drawn.values():
+        assert legend(figure) == ["BoostNet, MSDNet (seed0)", "BoostNet, MSDNet (seed1)"]
+
+
+def test_sizes_combine_by_hold_out_accuracy_though_test_accuracy_says_otherwise(tmp_path, drawn):
+    small = write_run(tmp_path / "small", base=4, points=[(10, 60, 99), (20, 65, 99), (30, 66, 99)])
+    large = write_run(tmp_path / "large", base=8, points=[(20, 64, 50), (30, 70, 50), (40, 72, 50)])
+    plots.plot_runs([small, large], paper="none")
+    assert legend(drawn["budgeted"]) == ["BoostNet, MSDNet, 2 sizes combined"]
+    x, y = line(drawn["budgeted"], "BoostNet, MSDNet, 2 sizes combined").get_data()
+    assert (list(x), list(y)) == ([10, 20, 30, 40], [99, 99, 50, 50])
+    assert legend(drawn["anytime"]) == ["BoostNet, MSDNet (small)", "BoostNet, MSDNet (large)"]
+
+
+def test_sizes_with_different_splits_are_refused_and_nothing_is_written(tmp_path, capsys):
+    runs = [write_run(tmp_path / "small", base=4), write_run(tmp_path / "large", base=8, split_hash="b" * 64)]
+    with pytest.raises(SystemExit) as stop:
+        plots.main([str(run) for run in runs])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message.count("\n") == 1 and "split_hash" in message and "--separate" in message
+    assert not list(tmp_path.glob("*/*.png"))
+    assert plots.main([*map(str, runs), "--separate"]) == 0
+
+
+def test_paper_tables_appear_for_the_same_data_and_backbone_within_the_costs_of_the_runs(tmp_path, drawn):
+    plots.plot_runs([write_run(tmp_path / "run")])
+    x, y = line(drawn["anytime"], "paper's BoostNet, MSDNet (table 1)").get_data()
+    assert (list(x), list(y)) == ([15.14, 25.51, 37.79], [65.32, 70.01, 72.34])
+    assert not any("paper" in label for label in legend(drawn["budgeted"]))  # eq. 9 is another family than the paper's figure
+
+
+def test_paper_figure_points_appear_beside_the_released_sweep_as_read_by_eye(tmp_path, drawn):
+    plots.plot_runs([write_run(tmp_path / "run", arch="ranet", family="released")])
+    assert "paper's baseline, RANet (figure, read by eye)" in legend(drawn["budgeted"])
+
+
+def test_paper_numbers_can_be_left_out_or_asked_for(tmp_path, drawn):
+    run = write_run(tmp_path / "run")
+    plots.plot_runs([run], paper="none")
+    assert legend(drawn["anytime"]) == ["BoostNet, MSDNet"]
+    plots.plot_runs([run], paper="ranet")
+    assert "paper's BoostNet, RANet (table 1)" in legend(drawn["anytime"])
+    with pytest.raises(UserError, match="no numbers"):
+        plots.plot_runs([write_run(tmp_path / "glyphs", dataset="glyphs")], paper="msdnet")
+
+
+def test_results_written_with_a_suffix_are_found_and_named(tmp_path, drawn):
+    run = write_run(tmp_path / "run")
+    write_run(run, suffix="_reweight")
+    plots.plot_runs([run], paper="none")
+    assert legend(drawn["anytime"]) == ["BoostNet, MSDNet (run)", "BoostNet, MSDNet (run_reweight)"]
+
+
+@pytest.mark.parametrize("prepare, message", [
+    (lambda folder: None, "not a folder"),
+    (lambda folder: folder.mkdir(), "evaluate its checkpoint first"),
+    (lambda folder: [folder.mkdir(), (folder / "anytime.json").write_text('{"format": 1, "top')], "not a complete"),
+    (lambda folder: [folder.mkdir(), (folder / "dynamic.json").write_text('{"format": 1}')], "not a complete"),
+    (lambda folder: [folder.mkdir(), (folder / "anytime.json").write_text('[]')], "not a complete")])
+def test_folders_without_results_end_with_one_line_and_code_2(tmp_path, capsys, prepare, message):
+    prepare(tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        plots.main([str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
+
+
+def test_different_data_sets_do_not_share_a_figure(tmp_path):
+    with pytest.raises(UserError, match="cifar100, glyphs"):
+        plots.plot_runs([write_run(tmp_path / "one"), write_run(tmp_path / "two", dataset="glyphs")])
+
+
+def test_published_numbers_are_complete_and_in_order_of_cost():
+    for table in (ANYTIME, BUDGETED):
+        assert table.keys() == {(data, net) for data in ("cifar100", "imagenet") for net in ("msdnet", "ranet")}
+        for numbers in table.values():
+            assert len(numbers.millions) == len(numbers.baseline) == len(numbers.boostnet)
+            assert list(numbers.millions) == sorted(numbers.millions)
+            assert all(50 < top1 < 80 for top1 in (*numbers.baseline, *numbers.boostnet))

@@ -1,0 +1,1 @@
+"""Benchmarks of `python -m utils.benchmark`, one module each: `add_arguments(parser)` and `run(args, device)`."""
