@@ -86,13 +86,10 @@ class Stem(nn.Module):
 
     def __init__(self, widths: list[int], strides: list[int], image_size: int) -> None:
         super().__init__()
-        if image_size == 32:
-            first: nn.Module = ConvBNReLU(3, widths[0])
-        elif image_size == 224:
+        first: nn.Module = ConvBNReLU(3, widths[0])
+        if image_size == 224:
             first = nn.Sequential(nn.Conv2d(3, widths[0], 7, stride=2, padding=3), nn.BatchNorm2d(widths[0]),
                                   nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1))
-        else:
-            raise ValueError(f"image_size is {image_size}; the networks are defined for 32 and 224")
         self.layers = nn.ModuleList([first])
         for in_width, out_width, stride in zip(widths[:-1], widths[1:], strides, strict=True):
             self.layers.append(ConvBNReLU(in_width, out_width, stride=stride))
@@ -121,6 +118,12 @@ class Classifier(nn.Module):
         return self.linear(self.m(x).flatten(1))
 
 
-def class_map_size(image_size: int) -> int:
-    """Side of the square map that a classifier reads."""
-    return 8 if image_size == 32 else 7
+def map_sizes(image_size: int) -> tuple[int, int]:
+    """Sides of the first layer's finest map and of the map that a classifier reads.
+
+    Raises:
+        ValueError: for an image size the networks are not defined for.
+    """
+    if image_size not in (32, 224):
+        raise ValueError(f"image_size is {image_size}; the networks are defined for 32 and 224")
+    return (32, 8) if image_size == 32 else (56, 7)

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.layers import Bottleneck, Classifier, ConvBNReLU, Stem, class_map_size, rescale_at_exit
+from models.layers import Bottleneck, Classifier, ConvBNReLU, Stem, map_sizes, rescale_at_exit
 
 State = list[Tensor]   # one feature map per scale still carried, finest first
 
@@ -106,7 +106,7 @@ class MSDNet(nn.Module):
         stem = Stem([n_channels * f for f in gr_factor], [2] * (n_scales - 1), image_size)
         self.blocks, self.classifier = nn.ModuleList(), nn.ModuleList()
         width = n_channels
-        for block, n_layers in enumerate(self.n_layers):
+        for block in range(n_blocks):
             modules: list[nn.Module] = [stem] if block == 0 else []
             for layer in range(sum(self.n_layers[:block]) + 1, sum(self.n_layers[:block + 1]) + 1):
                 n_in, n_out = _scales(layer, total, n_scales, prune)
@@ -123,11 +123,11 @@ class MSDNet(nn.Module):
 
     @staticmethod
     def _check_map_size(n_scales: int, image_size: int) -> None:
-        side = (image_size if image_size == 32 else image_size // 4) // 2 ** (n_scales - 1)
-        if side != class_map_size(image_size):
-            need = 3 if image_size == 32 else 4
+        finest, needed = map_sizes(image_size)
+        side = finest // 2 ** (n_scales - 1)
+        if side != needed:
             raise ValueError(f"{n_scales} scales end in a {side}x{side} map; classifiers for {image_size}-pixel images read "
-                             f"{class_map_size(image_size)}x{class_map_size(image_size)}, which takes {need} scales")
+                             f"{needed}x{needed}, which takes {1 + (finest // needed).bit_length() - 1} scales")
 
     @property
     def n_exits(self) -> int:

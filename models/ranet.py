@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import Bottleneck, Classifier, ConvBNReLU, Stem, class_map_size, rescale_at_exit
+from models.layers import Bottleneck, Classifier, ConvBNReLU, Stem, map_sizes, rescale_at_exit
 
 # What a step hands to the next one:
 #   stem      features that the sub-networks still to come start from, coarsest first (before exit 0: the image alone)
@@ -168,16 +168,16 @@ class RANet(nn.Module):
 
     @staticmethod
     def _check_map_sizes(scale_list: list[int], blocks_of: list[int], image_size: int) -> None:
-        side = image_size if image_size == 32 else image_size // 4
-        need = class_map_size(image_size)
+        side, needed = map_sizes(image_size)
         for s in reversed(range(len(scale_list))):
             n_fusion = blocks_of[s - 1] if s else 0
             downs = sum(1 <= i <= n_fusion for i in _down_sampling_blocks(s, scale_list[s], blocks_of))
-            if side / 2 ** downs != need:
-                raise ValueError(f"scale-list {'-'.join(map(str, scale_list))} leads sub-network {s + 1} to a "
-                                 f"{side / 2 ** downs:g}-pixel map; classifiers for {image_size}-pixel images read {need}x{need}")
+            if side / 2 ** downs != needed:
+                found = f"{side / 2 ** downs:g}x{side / 2 ** downs:g}"
+                raise ValueError(f"scale-list {'-'.join(map(str, scale_list))} leads sub-network {s + 1} to a {found} map; "
+                                 f"classifiers for {image_size}-pixel images read {needed}x{needed}")
             if s and scale_list[s] != scale_list[s - 1]:
-                side = -(-side // 2)
+                side //= 2
 
     def _initialise(self) -> None:
         for module in self.modules():

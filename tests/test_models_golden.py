@@ -1,9 +1,9 @@
 """The networks, the boosted head, its gradients and its SGD trajectory equal the released implementation in float64."""
+import golden
 import pytest
 import torch
 import torch.nn.functional as F
 
-import golden
 from args import parse_args
 from models import BoostedNet, build_backbone
 from op_counter import measure_model

@@ -8,7 +8,8 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 
-def build_optimizer(backbone: nn.Module, *, name: str, lr: float, momentum: float, weight_decay: Sequence[float]) -> torch.optim.Optimizer:
+def build_optimizer(backbone: nn.Module, *, name: str, lr: float, momentum: float,
+                    weight_decay: Sequence[float]) -> torch.optim.Optimizer:
     """Optimiser over all parameters of a backbone.
 
     Args:

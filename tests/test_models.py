@@ -1,0 +1,194 @@
+"""What the networks promise beyond the reference vectors: stepping, gradient rescaling, initialisation, refusals."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import models.msdnet
+import models.ranet
+from models import BoostedNet, MSDNet, RANet, expand_temperatures, select
+from op_counter import measure_model
+
+MSD = dict(n_blocks=3, n_channels=4, base=1, step=1, num_classes=7)
+RAN = dict(n_blocks=2, n_channels=4, step=2, scale_list=[1, 2, 3], gr_factor=[4, 2, 1], bn_factor=[4, 2, 1], num_classes=7)
+
+
+@pytest.fixture(params=["msdnet", "ranet"])
+def backbone(request):
+    torch.manual_seed(0)
+    return (MSDNet(**MSD) if request.param == "msdnet" else RANet(**RAN)).eval()
+
+
+def _tensors(state):
+    if isinstance(state, torch.Tensor):
+        return [state]
+    return [t for part in (state.values() if isinstance(state, dict) else state) for t in _tensors(part)]
+
+
+def test_stepping_gives_the_logits_of_the_full_forward_pass(backbone):
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        state, logits = backbone.start(x), []
+        for n in range(backbone.n_exits):
+            before = [t.clone() for t in _tensors(state)]
+            exit_logits, following = backbone.step(n, state)
+            assert all(torch.equal(a, b) for a, b in zip(before, _tensors(state), strict=True)), "a step changed its state"
+            logits.append(exit_logits)
+            state = following
+        for got, want in zip(logits, backbone(x), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_selected_rows_go_on_as_if_they_were_alone(backbone):
+    x, rows = torch.randn(5, 3, 32, 32), torch.tensor([4, 1])
+    with torch.no_grad():
+        wanted = [logits[rows] for logits in backbone(x)]
+        state = backbone.start(x)
+        for n in range(backbone.n_exits):
+            logits, state = backbone.step(n, state)
+            if n == 0:
+                logits, state = logits[rows], select(state, rows)
+                assert all(len(t) == 2 for t in _tensors(state))
+            torch.testing.assert_close(logits, wanted[n], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("build, module, config", [(MSDNet, models.msdnet, MSD), (RANet, models.ranet, RAN)])
+def test_rescaled_gradient_of_every_classifier_map_follows_the_formula(monkeypatch, build, module, config):
+    seen = []
+    original = module.rescale_at_exit
+
+    def watch(x, n, n_exits):
+        parts = original(x, n, n_exits)
+        for t in (x, *parts):
+            t.retain_grad()
+        seen.append((x, *parts))
+        return parts
+
+    monkeypatch.setattr(module, "rescale_at_exit", watch)
+    torch.manual_seed(0)
+    net = build(**config, rescale_gradients=True).double().train()
+    y = torch.arange(4) % 7
+    sum(F.cross_entropy(logits, y) for logits in net(torch.randn(4, 3, 32, 32).double())).backward()
+    assert len(seen) == net.n_exits
+    for i, (x, for_classifier, onward) in enumerate(seen):
+        remaining = net.n_exits - i
+        g_next = onward.grad if onward.grad is not None else torch.zeros_like(x)
+        assert i == net.n_exits - 1 or g_next.abs().sum() > 0
+        # Any path that went around `onward` (RANet's feature lists) would show up here.
+        torch.testing.assert_close(x.grad, (for_classifier.grad + (remaining - 1) * g_next) / remaining)
+
+
+def test_gradient_rescaling_leaves_the_forward_pass_alone(backbone):
+    config = MSD if isinstance(backbone, MSDNet) else RAN
+    other = type(backbone)(**config, rescale_gradients=True).eval()
+    other.load_state_dict(backbone.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    assert all(torch.equal(a, b) for a, b in zip(backbone(x), other(x), strict=True))
+
+
+def test_boosted_head_is_the_frozen_sum_and_the_joint_baseline_is_temperature_zero(backbone):
+    logits = [torch.randn(2, 7, requires_grad=True) for _ in range(backbone.n_exits)]
+    temperatures = [9.0] + [0.5 + 0.1 * n for n in range(1, backbone.n_exits)]
+    model = BoostedNet(backbone, temperatures)
+    expected = logits[0]
+    predictions = model.boost(logits)
+    for n in range(1, backbone.n_exits):
+        expected = temperatures[n] * expected + logits[n]
+        torch.testing.assert_close(predictions[n], expected)
+    predictions[2].sum().backward()
+    assert logits[2].grad is not None and logits[0].grad is None and logits[1].grad is None
+    trainable = model.boost(logits, trainable=True)
+    trainable[2].sum().backward()
+    torch.testing.assert_close(logits[1].grad, torch.full((2, 7), temperatures[2]))
+    joint = BoostedNet(backbone, [0.0] * backbone.n_exits)
+    assert all(torch.equal(a, b) for a, b in zip(joint.boost(logits), logits, strict=True))
+    assert [n for n in model.state_dict() if not n.startswith("backbone.")] == []
+
+
+def test_temperatures_expand_from_one_two_or_all_values():
+    assert expand_temperatures([0.5], 3) == [0.5, 0.5, 0.5]
+    assert expand_temperatures([0.3, 0.7], 3) == pytest.approx([0.3, 0.5, 0.7])
+    assert expand_temperatures([0.1, 0.2, 0.3], 3) == [0.1, 0.2, 0.3]
+    with pytest.raises(ValueError, match="3 values for 4 exits"):
+        expand_temperatures([1, 2, 3], 4)
+
+
+def test_msdnet_keeps_the_default_initialisation():
+    torch.manual_seed(0)
+    for conv in (m for m in MSDNet(n_blocks=4, n_channels=16).modules() if isinstance(m, torch.nn.Conv2d)):
+        bound = 1 / math.sqrt(conv.in_channels * conv.kernel_size[0] ** 2)   # uniform in (-bound, bound)
+        assert conv.weight.abs().max() <= bound
+        if conv.weight.numel() > 2000:
+            assert conv.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+
+
+def test_ranet_draws_its_convolutions_from_a_normal_of_the_output_fan_and_leaves_its_first_layer():
+    torch.manual_seed(0)
+    net = RANet(n_blocks=2, n_channels=16, step=4, scale_list=[1, 2, 3], gr_factor=[4, 2, 1], bn_factor=[4, 2, 1])
+    for name, module in net.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert module.bias.abs().max() == 0
+        if not isinstance(module, torch.nn.Conv2d) or module.weight.numel() < 2000:
+            continue
+        k2 = module.kernel_size[0] ** 2
+        if name.startswith("FirstLayer"):
+            assert module.weight.abs().max() <= 1 / math.sqrt(module.in_channels * k2)
+        else:
+            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / (k2 * module.out_channels)), rel=0.1)
+            assert module.weight.abs().max() > 2.5 * module.weight.std()   # normal, not uniform
+
+
+@pytest.mark.parametrize("build, change, message", [
+    (MSDNet, dict(growth_rate=3, gr_factor=[1, 1, 2]), "odd width 3"),
+    (MSDNet, dict(bn_factor=[1, 2]), "bnFactor 2"),
+    (MSDNet, dict(gr_factor=[1, 2], bn_factor=[1, 2]), "16x16 map"),
+    (MSDNet, dict(image_size=64), "32 and 224"),
+    (RANet, dict(scale_list=[1, 2, 2]), "read 8x8"),
+    (RANet, dict(scale_list=[1, 2], gr_factor=[2, 1], bn_factor=[2, 1]), "read 8x8"),
+    (RANet, dict(gr_factor=[1, 2]), "scale-list has 3"),
+    (RANet, dict(growth_rate=1), "compress-factor"),
+])
+def test_impossible_networks_are_refused_with_the_reason(build, change, message):
+    with pytest.raises(ValueError, match=message):
+        build(**{**(MSD if build is MSDNet else RAN), **change})
+
+
+@pytest.mark.parametrize("options", [dict(step_mode="lin_grow", prune="min"), dict(bottleneck=False), dict(prune="min", base=4)])
+def test_other_flags_build_networks_that_train(options):
+    net = MSDNet(**{**MSD, **options}).train()
+    sum(logits.sum() for logits in net(torch.randn(2, 3, 32, 32))).backward()
+    assert net.blocks[0][0].layers[0].net[0].weight.grad.abs().sum() > 0
+
+
+def test_counting_leaves_the_model_as_it_is(backbone):
+    model = BoostedNet(backbone, [0.5] * backbone.n_exits).train()
+    model.backbone.classifier[0].eval()
+    modes = [m.training for m in model.modules()]
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    macs, params = measure_model(model, 32, 32)
+    assert measure_model(model.backbone, 32, 32) == (macs, params)
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_macs_of_convolutions_and_linear_layers_agree_with_torchs_counter(backbone):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    free = {torch.nn.ReLU, torch.nn.AvgPool2d, torch.nn.MaxPool2d}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone(torch.randn(1, 3, 32, 32))
+    extra = 0
+
+    def count(module, inputs, output):
+        nonlocal extra
+        extra += output.numel() * (4 if isinstance(module, torch.nn.AvgPool2d) else 1)
+
+    hooks = [m.register_forward_hook(count) for m in backbone.modules() if type(m) in free]
+    with torch.no_grad():
+        backbone(torch.randn(1, 3, 32, 32))
+    for hook in hooks:
+        hook.remove()
+    biases = sum(m.out_features for m in backbone.modules() if isinstance(m, torch.nn.Linear))
+    assert measure_model(backbone, 32, 32)[0][-1] == counter.get_total_flops() // 2 + extra + biases
