@@ -4,27 +4,31 @@
     for images, labels, share in data.train(epoch=0):
         ...
 
-Small images live in one uint8 tensor on the device, where cropping, flipping and normalising are batched tensor
-operations. Nothing in here waits for the device.
+Small images (32x32) live on the device as one tensor; larger ones are decoded by worker processes. Order and augmentation
+follow from (seed, epoch, image) in both cases, and nothing waits for the device.
 """
+from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from utils import cifar
-from utils.augment import CIFAR_STATISTICS, CropFlip, Normalise
+from utils.augment import CIFAR_STATISTICS, IMAGENET_STATISTICS
+from utils.decoders import DECODERS
+from utils.device_images import DeviceImages
 from utils.errors import UserError
 from utils.glyphs import read_glyphs
+from utils.imagefolder import FolderImages
 from utils.images import read_class_folders
+from utils.listing import scan_once
 from utils.sampling import Plan, plan_evaluation, plan_training
-from utils.split import Split
+from utils.split import Split, hash_labels
 
 __all__ = ["Batch", "Batches", "Data", "Split", "build_data"]
 
@@ -53,11 +57,11 @@ class Batches:
     """One pass over a set of images; iterating again repeats the same pass.
 
     Attributes:
-        n_samples: images this rank gets.
+        n_samples: images this rank gets, unreadable ones included.
         index: (n_samples,) int64 on the CPU, their positions in the whole set, in the order they come.
     """
 
-    def __init__(self, plan: Plan, read: Callable[[Plan], Iterator[tuple[Tensor, Tensor]]]):
+    def __init__(self, plan: Plan, read: Callable[[Plan], Iterator[tuple[Tensor, Tensor]]]) -> None:
         self._plan, self._read = plan, read
         self.index = plan.index
         self.n_samples = len(plan.index)
@@ -66,35 +70,9 @@ class Batches:
         return len(self._plan.sizes)
 
     def __iter__(self) -> Iterator[Batch]:
-        for (images, labels), share in zip(self._read(self._plan), self._plan.shares):
-            yield Batch(images, labels, share)
-
-
-class DeviceImages:
-    """A whole set of small images in one uint8 tensor on the device."""
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, *, statistics, flips: bool, device):
-        self.images = torch.from_numpy(images).to(device)
-        self.labels = torch.from_numpy(labels)
-        self.device_labels = self.labels.to(device)
-        self.normalise = Normalise(*statistics, device=device)
-        self.crop_flip = CropFlip(images.shape[-1], flips=flips, device=device)
-        self.device = device
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
-        """Un-augmented batches."""
-        for index in plan.index.to(self.device).split(plan.sizes):
-            yield self.normalise(self.images.index_select(0, index)), self.device_labels.index_select(0, index)
-
-    def read_augmented(self, plan: Plan, *, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches with a crop and flip that depend on (seed, epoch, image) only."""
-        choices = self.crop_flip.draw(len(self), seed=seed, epoch=epoch)[plan.index].to(self.device)
-        for index, choice in zip(plan.index.to(self.device).split(plan.sizes), choices.split(plan.sizes)):
-            images = self.crop_flip(self.images.index_select(0, index), choice)
-            yield self.normalise(images), self.device_labels.index_select(0, index)
+        for (images, labels), size, share in zip(self._read(self._plan), self._plan.sizes, self._plan.shares):
+            # A batch that lost unreadable images weighs as much less.
+            yield Batch(images, labels, share if len(labels) == size else share * len(labels) / size)
 
 
 class Data:
@@ -106,31 +84,30 @@ class Data:
         image_size: height and width in pixels.
         split: which training images are held out, or None.
         n_train, n_valid, n_test: number of images on all ranks together.
+        labels_hash: of all training labels in file order; other data have another one.
     """
 
-    def __init__(self, train_set, test_set, *, class_names, num_classes, image_size, split, batch_size, eval_batch_size,
-                 seed, rank, world):  # fmt: skip
+    def __init__(self, train_set: DeviceImages | FolderImages, test_set: DeviceImages | FolderImages, *,
+                 class_names: list[str], num_classes: int, image_size: int, split: Split | None, batch_size: int,
+                 eval_batch_size: int, seed: int, rank: int, world: int) -> None:
         self.class_names, self.num_classes, self.image_size, self.split = class_names, num_classes, image_size, split
         self._train_set, self._test_set = train_set, test_set
-        self._train_index = split.train_index if split else torch.arange(len(train_set))
+        self._train_index = split.train_index if split else torch.arange(len(train_set.labels))
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self._seed, self._rank, self._world = seed, rank, world
-        self.n_train, self.n_test = len(self._train_index), len(test_set)
+        self.n_train, self.n_test = len(self._train_index), len(test_set.labels)
         self.n_valid = len(split.valid_index) if split else 0
+        self.labels_hash = hash_labels(train_set.labels)
 
     def train(self, epoch: int, first_batch: int = 0) -> Batches:
         """Augmented batches of `epoch` from `first_batch` on; both order and augmentation follow from (seed, epoch)."""
-        plan = plan_training(
-            self._train_index, batch_size=self._batch_size, seed=self._seed, epoch=epoch, rank=self._rank, world=self._world
-        )
+        plan = plan_training(self._train_index, batch_size=self._batch_size, seed=self._seed, epoch=epoch, rank=self._rank,
+                             world=self._world)
         if plan.n_dropped and epoch == 0 and self._rank == 0:
-            logger.warning(
-                "the last %d of %d training images of each epoch are left out: fewer than the %d processes",
-                plan.n_dropped, self.n_train, self._world,
-            )  # fmt: skip
-        return Batches(
-            plan.skip(first_batch), lambda plan: self._train_set.read_augmented(plan, seed=self._seed, epoch=epoch)
-        )
+            logger.warning("the last %d of %d training images of each epoch are left out: fewer than the %d processes",
+                           plan.n_dropped, self.n_train, self._world)
+        return Batches(plan.skip(first_batch),
+                       lambda plan: self._train_set.read_augmented(plan, seed=self._seed, epoch=epoch))
 
     def valid(self) -> Batches:
         """The held-out images in file order, without augmentation.
@@ -139,31 +116,35 @@ class Data:
             UserError: when nothing is held out.
         """
         if self.split is None:
-            raise UserError("there is no hold-out set; train with --use-valid to keep training images for choosing thresholds")
+            raise UserError("there is no hold-out set; train with --use-valid to keep images for choosing thresholds")
         return self._evaluation(self._train_set, self.split.valid_index)
 
     def test(self) -> Batches:
         """The test images in file order, without augmentation."""
         return self._evaluation(self._test_set, torch.arange(self.n_test))
 
-    def _evaluation(self, image_set, samples: Tensor) -> Batches:
+    def _evaluation(self, image_set: DeviceImages | FolderImages, samples: Tensor) -> Batches:
         plan = plan_evaluation(samples, batch_size=self._eval_batch_size, rank=self._rank, world=self._world)
         return Batches(plan, image_set.read)
 
 
-def build_data(*, dataset: str, data_root, image_size: int = 32, batch_size: int = 64, eval_batch_size: int = 256,
-               device="cpu", seed: int = 0, use_valid: bool = False, valid_size: int | None = None,
-               split: Split | None = None, workers: int = 4, val_workers: int = 1, rank: int = 0, world: int = 1,
-               quiet: bool = False) -> Data:  # fmt: skip
+def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, batch_size: int = 64,
+               eval_batch_size: int = 256, device: str | torch.device = "cpu", seed: int = 0, use_valid: bool = False,
+               valid_size: int | None = None, split: Split | None = None, workers: int = 4, val_workers: int = 1,
+               decoder: str = "pillow", skip_unreadable: bool = False, rank: int = 0, world: int = 1,
+               quiet: bool = False) -> Data:
     """Open a data set.
 
     Args:
         dataset: one of `DATASETS`.
         data_root: its folder; see README "Data" for the layouts.
+        image_size: 32, or 224 for `imagenet` and where a `folder` is to be cropped and scaled.
         batch_size: training images per process and step.
         use_valid: hold training images out; `valid_size` of them, drawn by `seed` unless `split` says which.
         split: a saved hold-out split to use again; implies `use_valid`.
         workers, val_workers: decoding processes for training and evaluation; images on the device need none.
+        decoder: what decodes large images, one of `utils.decoders.DECODERS`.
+        skip_unreadable: leave large images that cannot be read out instead of stopping.
         rank, world: this process and how many there are.
         quiet: no progress bars.
     Raises:
@@ -173,28 +154,38 @@ def build_data(*, dataset: str, data_root, image_size: int = 32, batch_size: int
     data_root, device = Path(data_root), torch.device(device)
     if dataset not in DATASETS:
         raise UserError(f"unknown data set {dataset!r}; choose one of {', '.join(DATASETS)}")
-    arrays = _first_rank_first(lambda: _read_small_images(dataset, data_root, image_size, quiet or rank > 0, rank == 0), rank)
-    class_names = arrays["class_names"].tolist()
-    train_set, test_set = (
-        DeviceImages(
-            arrays[f"{part}_images"], arrays[f"{part}_labels"], statistics=CIFAR_STATISTICS,
-            flips=dataset != "glyphs", device=device,  # a mirrored 5 is a 2
-        )
-        for part in ("train", "test")
-    )
+    if decoder not in DECODERS:
+        raise UserError(f"unknown decoder {decoder!r}; choose one of {', '.join(DECODERS)}")
+    if dataset == "imagenet" or image_size != 32:
+        train, test = _first_rank_first(
+            lambda: scan_once(data_root, ("val", "test") if dataset == "imagenet" else ("test", "val")), rank)
+        class_names = train.class_names
+        train_set, test_set = (
+            FolderImages(listing, statistics=IMAGENET_STATISTICS, image_size=image_size, device=device, workers=n,
+                         decoder=decoder, skip_unreadable=skip_unreadable)
+            for listing, n in ((train, workers), (test, val_workers)))
+    else:
+        arrays = _first_rank_first(lambda: _read_small_images(dataset, data_root, quiet or rank > 0, rank == 0), rank)
+        class_names = arrays["class_names"].tolist()
+        train_set, test_set = (
+            DeviceImages(arrays[f"{part}_images"], arrays[f"{part}_labels"], statistics=CIFAR_STATISTICS,
+                         flips=dataset != "glyphs", device=device)  # a mirrored 5 is nearly a 2
+            for part in ("train", "test"))
+    num_classes = _count_classes(dataset, class_names, data_root)
+    for labels in (train_set.labels, test_set.labels):
+        if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+            raise UserError(f"{data_root} has labels from {int(labels.min())} to {int(labels.max())}; {dataset} has "
+                            f"{num_classes} classes, 0 to {num_classes - 1}")
     if split is not None:
         split.check(train_set.labels)
     elif use_valid:
-        size = valid_size if valid_size is not None else VALID_SIZES.get(dataset, len(train_set) // 10)
+        size = valid_size if valid_size is not None else VALID_SIZES.get(dataset, len(train_set.labels) // 10)
         split = Split.draw(train_set.labels, size, seed)
-    return Data(
-        train_set, test_set, class_names=class_names, num_classes=_count_classes(dataset, class_names, data_root),
-        image_size=image_size, split=split, batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, rank=rank,
-        world=world,
-    )  # fmt: skip
+    return Data(train_set, test_set, class_names=class_names, num_classes=num_classes, image_size=image_size, split=split,
+                batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, rank=rank, world=world)
 
 
-def _read_small_images(dataset: str, data_root: Path, image_size: int, quiet: bool, may_download: bool) -> dict:
+def _read_small_images(dataset: str, data_root: Path, quiet: bool, may_download: bool) -> dict[str, Any]:
     if dataset == "glyphs":
         return read_glyphs(data_root, quiet)
     if dataset in cifar.ARCHIVES:
@@ -203,10 +194,10 @@ def _read_small_images(dataset: str, data_root: Path, image_size: int, quiet: bo
             cifar.download(data_root, dataset)
         if archive.is_dir():
             return cifar.read_archive(data_root, dataset)
-    return read_class_folders(data_root, image_size, quiet)
+    return read_class_folders(data_root, 32, quiet)
 
 
-def _first_rank_first(read: Callable, rank: int):
+def _first_rank_first(read: Callable[[], Any], rank: int) -> Any:
     """`read()` on rank 0 before all others, who then find the download and the cache in place."""
     together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if together and rank > 0:

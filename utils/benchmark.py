@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.benchmarks import sweep
+from utils.benchmarks import input_pipeline, sweep
 from utils.benchmarks.measure import count
 from utils.cli import OneLineParser
 from utils.errors import UserError, user_errors
@@ -20,7 +20,7 @@ from utils.run import choose_device, versions
 from utils.tables import format_table
 
 # Every benchmark is a module with add_arguments(parser) and run(args, device) -> list of measurements.
-BENCHMARKS = {"sweep": sweep}
+BENCHMARKS = {"input": input_pipeline, "sweep": sweep}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

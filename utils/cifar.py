@@ -4,6 +4,7 @@ from __future__ import annotations
 import pickle
 import socket
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,27 +12,22 @@ from utils.errors import UserError
 
 # data set -> (folder, training files, test file, names file, key of the names, key of the labels)
 ARCHIVES = {
-    "cifar10": (
-        "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", "batches.meta", "label_names", "labels",
-    ),
+    "cifar10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", "batches.meta", "label_names",
+                "labels"),
     "cifar100": ("cifar-100-python", ["train"], "test", "meta", "fine_label_names", "fine_labels"),
-}  # fmt: skip
-ALLOWED_GLOBALS = {
-    ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
-    ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
-}  # fmt: skip
+}
 DOWNLOAD_TIMEOUT_S = 30
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     """Reads pickles of plain values and NumPy arrays and refuses everything else, so a crafted file cannot run code."""
 
-    def find_class(self, module, name):
-        if (module, name) not in ALLOWED_GLOBALS:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        if (module, name) == ("numpy.core.multiarray", "_reconstruct"):
-            module = "numpy._core.multiarray"  # the name in current NumPy; the published files carry the old one
-        return super().find_class(module, name)
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return np.empty(0).__reduce__()[0]  # wherever this NumPy keeps it; the published files name the oldest place
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
 def archive_folder(data_root: Path, dataset: str) -> Path:
@@ -78,14 +74,15 @@ def download(data_root: Path, dataset: str) -> None:
     """
     import torchvision.datasets
 
-    created = not data_root.exists()
+    missing = [folder for folder in (data_root, *data_root.parents) if not folder.exists()]
     previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:
         getattr(torchvision.datasets, dataset.upper())(str(data_root), train=True, download=True)
     except Exception as error:
-        if created and data_root.is_dir() and not any(data_root.iterdir()):
-            data_root.rmdir()
+        for folder in missing:  # leave nothing behind, unless it holds part of a download
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
         raise UserError(
             f"no {dataset} in {data_root} and downloading it failed ({error}); expected {archive_folder(data_root, dataset)} "
             f"(the python archive) or {data_root}/{{train,test}}/<class>/*.png"

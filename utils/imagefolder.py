@@ -19,6 +19,7 @@ from utils.decoders import DECODERS, random_box, sample_generator
 from utils.errors import UserError
 from utils.listing import Listing
 from utils.sampling import Plan
+from utils.signals import leave_signals_to_parent
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class FolderImages:
     def _stream(self, plan: Plan, draws: tuple[int, int] | None) -> Iterator[tuple[Tensor, Tensor]]:
         for crops in self.load(plan, draws):
             self._note(crops)
-            pixels = crops.pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous()
+            pixels = crops.pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
             yield self.normalise(pixels), self.labels[crops.index].to(self.device, non_blocking=True)
 
     def load(self, plan: Plan, draws: tuple[int, int] | None) -> DataLoader:
@@ -110,7 +111,7 @@ class FolderImages:
         cropper = _Cropper(self.listing, self.decoder, self.image_size, draws)
         batches = [part.tolist() for part in plan.index.split(plan.sizes)]
         return DataLoader(cropper, batch_sampler=batches, num_workers=self.workers, collate_fn=_as_they_are,
-                          pin_memory=self.device.type == "cuda",
+                          pin_memory=self.device.type == "cuda", worker_init_fn=leave_signals_to_parent,
                           generator=torch.Generator())  # its own: the global random state is the training's
 
     def _note(self, crops: Crops) -> None:

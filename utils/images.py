@@ -22,7 +22,7 @@ FORMAT = 1
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as 8-bit RGB; the shades of 16-bit grey are scaled down, not clipped."""
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I"):  # "I;16", or "I" in older versions of Pillow
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 

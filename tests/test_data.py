@@ -1,0 +1,432 @@
+"""Reading, caching and augmenting small images."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import dataloader
+from dataloader import build_data
+from utils import array_cache, images
+from utils.augment import CIFAR_STATISTICS, CropFlip, Normalise
+from utils.errors import UserError
+from utils.split import Split
+
+
+def make_folder(root, n_train=6, n_test=3, classes=("ant", "bee", "cow"), size=32, test_name="test", seed=0):
+    """Random images in class folders; returns the training pixels (n, H, W, 3) in file order."""
+    generator = np.random.default_rng(seed)
+    pixels = []
+    for split, n in (("train", n_train), (test_name, n_test)):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                image = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(image).save(root / split / name / f"{i:03}.png")
+                if split == "train":
+                    pixels.append(image)
+    return np.stack(pixels)
+
+
+def open_folder(root, **options):
+    return build_data(**{"dataset": "folder", "data_root": root, "batch_size": 4, "quiet": True, **options})
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path_factory, monkeypatch):
+    home = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    return home
+
+
+def test_class_folders_give_sorted_names_labels_and_pixels(tmp_path):
+    pixels = make_folder(tmp_path)
+    data = open_folder(tmp_path)
+    assert data.class_names == ["ant", "bee", "cow"] and data.num_classes == 3
+    assert (data.n_train, data.n_valid, data.n_test) == (18, 0, 9)
+    assert torch.equal(data._train_set.images, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    assert torch.cat([batch.labels for batch in data.test()]).tolist() == [0] * 3 + [1] * 3 + [2] * 3
+
+
+def test_test_folder_may_be_called_val(tmp_path):
+    make_folder(tmp_path, test_name="val")
+    assert open_folder(tmp_path).n_test == 9
+
+
+def test_augmented_batch_equals_per_image_pad_crop_flip_and_torchvision_normalisation(tmp_path):
+    """Bit for bit what the paper's torchvision transforms do to each image, given the same draws."""
+    import torchvision.transforms as T
+
+    pixels = make_folder(tmp_path)
+    data = open_folder(tmp_path, seed=5)
+    batches = data.train(epoch=3)
+    crop_flip = data._train_set.crop_flip
+    dy, dx, flip = (part.tolist() for part in crop_flip.decode(crop_flip.draw(18, seed=5, epoch=3)))
+    to_tensor, normalise = T.ToTensor(), T.Normalize(*CIFAR_STATISTICS)
+    got = torch.cat([batch.images for batch in batches])
+    assert len({(dy[i], dx[i], flip[i]) for i in range(18)}) > 9
+    for row, i in enumerate(batches.index.tolist()):
+        padded = ImageOps.expand(Image.fromarray(pixels[i]), 4)
+        image = padded.crop((dx[i], dy[i], dx[i] + 32, dy[i] + 32))
+        image = ImageOps.mirror(image) if flip[i] else image
+        assert torch.equal(got[row], normalise(to_tensor(image)))
+
+
+def test_every_crop_and_flip_is_drawn_equally_often():
+    crop_flip = CropFlip(32)
+    counts = torch.bincount(crop_flip.draw(162_000, seed=0, epoch=0), minlength=162)
+    assert crop_flip.n_choices == len(counts) == 162
+    assert counts.min() > 850 and counts.max() < 1150  # 1000 +- 5 sigma
+
+
+def by_image(passes):
+    """{image number: pixels} over several ranks' passes."""
+    return {i: x for batches in passes for i, x in zip(batches.index.tolist(), torch.cat([b.images for b in batches]))}
+
+
+def test_augmentation_of_an_image_depends_on_seed_epoch_and_image_only(tmp_path):
+    make_folder(tmp_path)
+    single = by_image([open_folder(tmp_path).train(2)])
+    held_out = by_image([open_folder(tmp_path, use_valid=True, valid_size=5).train(2)])
+    two_ranks = by_image([open_folder(tmp_path, batch_size=3, rank=rank, world=2).train(2) for rank in range(2)])
+    assert len(single) == len(two_ranks) == 18 and len(held_out) == 13
+    assert all(torch.equal(two_ranks[i], single[i]) for i in single)
+    assert all(torch.equal(held_out[i], single[i]) for i in held_out)
+    for other in (open_folder(tmp_path).train(3), open_folder(tmp_path, seed=1).train(2)):
+        assert not all(torch.equal(x, single[i]) for i, x in by_image([other]).items())
+
+
+def test_epoch_continues_at_any_batch_and_repeats_when_iterated_again(tmp_path):
+    make_folder(tmp_path)
+    data = open_folder(tmp_path)
+    batches = list(data.train(1))
+    assert [len(batch.labels) for batch in batches] == [4, 4, 4, 4, 2] and len(data.train(1)) == 5
+    rest = data.train(1, first_batch=3)
+    assert len(rest) == 2 and rest.n_samples == 6
+    for first, again in ((batches[3:], list(rest)), (batches[3:], list(rest))):
+        assert all(torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in zip(first, again, strict=True))
+
+
+def test_reading_batches_leaves_the_global_random_state_alone(tmp_path):
+    make_folder(tmp_path)
+    state = torch.get_rng_state()
+    list(open_folder(tmp_path, use_valid=True, valid_size=2).train(0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_held_out_images_come_in_file_order_without_augmentation(tmp_path):
+    pixels = make_folder(tmp_path)
+    data = open_folder(tmp_path, use_valid=True, valid_size=6, eval_batch_size=4)
+    batches = data.valid()
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)[data.split.valid_index]
+    assert torch.equal(batches.index, data.split.valid_index)
+    assert torch.equal(torch.cat([batch.images for batch in batches]), Normalise(*CIFAR_STATISTICS)(images))
+    assert not set(data.train(0).index.tolist()) & set(data.split.valid_index.tolist())
+
+
+def test_given_split_is_used_and_a_foreign_one_refused(tmp_path):
+    make_folder(tmp_path)
+    split = Split.draw(open_folder(tmp_path)._train_set.labels, 4, seed=9)
+    assert open_folder(tmp_path, split=split).split.hash == split.hash
+    with pytest.raises(UserError, match="other data"):
+        open_folder(tmp_path, split=Split.draw(torch.zeros(18, dtype=torch.int64), 4, seed=9))
+
+
+def test_a_tenth_of_a_folder_is_held_out_unless_told(tmp_path):
+    make_folder(tmp_path, n_train=10)
+    assert open_folder(tmp_path, use_valid=True).n_valid == 3
+
+
+def test_no_hold_out_is_an_error_that_names_the_flag(tmp_path):
+    make_folder(tmp_path)
+    with pytest.raises(UserError, match="--use-valid"):
+        open_folder(tmp_path).valid()
+
+
+def test_only_a_last_batch_smaller_than_the_number_of_ranks_is_dropped_and_logged(tmp_path, caplog):
+    make_folder(tmp_path, n_train=3, classes=("a", "b", "c"))  # 9 images
+    ranks = [open_folder(tmp_path, batch_size=2, rank=rank, world=2) for rank in range(2)]
+    passes = [data.train(0) for data in ranks]
+    assert [batches.n_samples for batches in passes] == [4, 4]
+    assert "the last 1 of 9 training images" in caplog.text
+    assert len(caplog.records) == 1  # rank 0 speaks for all
+
+
+def test_every_pillow_mode_becomes_rgb(tmp_path):
+    make_folder(tmp_path, n_train=1, n_test=1, classes=("a",))
+    folder = tmp_path / "train" / "a"
+    grey = Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32))
+    grey.save(folder / "1.png")
+    grey.convert("RGB").convert("CMYK").save(folder / "2.JPG", quality=100)
+    grey.convert("RGB").quantize(256).save(folder / "3.png", transparency=0)
+    grey.convert("LA").save(folder / "4.webp", lossless=True)
+    grey.convert("1").save(folder / "5.bmp")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(folder / "6.png")
+    grey.save(folder / "7.jpeg", format="png")
+    (folder / "Thumbs.db").write_bytes(b"not an image, and not named like one")
+    (folder / "._8.png").write_bytes(b"a file manager's own")
+    read = open_folder(tmp_path)._train_set.images
+    assert len(read) == 8
+    for i in (1, 3, 4, 6, 7):
+        assert torch.equal(read[i], torch.from_numpy(np.asarray(grey).copy()).expand(3, 32, 32)), i
+    assert (read[2].float() - torch.from_numpy(np.asarray(grey).copy()).float()).abs().mean() < 3
+
+
+def break_file(root: Path):
+    (root / "train/ant/000.png").write_bytes((root / "train/ant/000.png").read_bytes()[:300])
+
+
+def wrong_size(root: Path):
+    Image.new("RGB", (31, 32)).save(root / "test/bee/000.png")
+
+
+def empty_class(root: Path):
+    (root / "train/elk").mkdir()
+
+
+def other_classes(root: Path):
+    (root / "test/cow").rename(root / "test/dog")
+
+
+def no_test(root: Path):
+    (root / "test").rename(root / "spare")
+
+
+def no_classes(root: Path):
+    for folder in (root / "train").iterdir():
+        folder.rename(root / f"moved_{folder.name}")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (break_file, r"train/ant/000.png cannot be read as an image"),
+        (wrong_size, r"test/bee/000.png is 31x32 pixels.*--image_size 32"),
+        (empty_class, r"train/elk has no images"),
+        (other_classes, r"test lacks 1 of the class folders of .*train \(cow\)"),
+        (no_test, r"has no 'test' or 'val' folder"),
+        (no_classes, r"train has no class folders"),
+    ],
+)
+def test_unusable_folders_are_named_in_one_line(tmp_path, harm, message):
+    make_folder(tmp_path)
+    harm(tmp_path)
+    with pytest.raises((UserError, FileNotFoundError), match=message) as caught:
+        open_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / ".boostnet_images.npz").exists()
+
+
+def test_error_in_a_decoding_process_arrives_unchanged(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "CHUNK", 2)  # several tasks, so that a pool is used
+    make_folder(tmp_path)
+    wrong_size(tmp_path)
+    with pytest.raises(UserError, match="test/bee/000.png is 31x32 pixels"):
+        open_folder(tmp_path)
+
+
+def test_missing_data_folder_is_reported(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        open_folder(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="unknown data set 'mnist'"):
+        open_folder(tmp_path, dataset="mnist")
+
+
+def test_images_are_decoded_once_and_again_only_when_a_file_changes(tmp_path, monkeypatch):
+    make_folder(tmp_path)
+    decoded = []
+    decode_all = images.decode_all
+    monkeypatch.setattr(images, "decode_all", lambda listing, *rest: decoded.append(listing) or decode_all(listing, *rest))
+    first = open_folder(tmp_path)
+    again = open_folder(tmp_path)
+    assert len(decoded) == 2 and torch.equal(first._train_set.images, again._train_set.images)
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "train/ant/000.png")
+    assert open_folder(tmp_path)._train_set.images[0, 0].min() == 255
+    os.utime(tmp_path / "test/cow/000.png", ns=(1, 1))
+    open_folder(tmp_path)
+    (tmp_path / "train/ant/000.png").rename(tmp_path / "train/ant/900.png")
+    assert open_folder(tmp_path)._train_set.images[5, 0].min() == 255
+    assert len(decoded) == 8
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "empty"])
+def test_damaged_cache_is_rebuilt(tmp_path, harm, caplog):
+    make_folder(tmp_path)
+    first = open_folder(tmp_path)._train_set.images
+    cache = tmp_path / ".boostnet_images.npz"
+    content = bytearray(cache.read_bytes())
+    if harm == "flipped":
+        content[20_000] ^= 0xFF  # one byte among the pixels, which only the check sum can tell
+    cache.write_bytes({"truncated": content[: len(content) // 2], "flipped": content, "empty": b""}[harm])
+    assert torch.equal(open_folder(tmp_path)._train_set.images, first)
+    assert "damaged" in caplog.text
+    caplog.clear()
+    open_folder(tmp_path)
+    assert not caplog.text
+
+
+def test_cache_of_read_only_data_goes_to_the_users_cache_folder(tmp_path, cache_home, monkeypatch):
+    make_folder(tmp_path)
+    real = array_cache.atomic_write
+
+    def refuse_beside_the_data(path):
+        if tmp_path in Path(path).parents:
+            raise PermissionError(f"{path} is read-only")
+        return real(path)
+
+    monkeypatch.setattr(array_cache, "atomic_write", refuse_beside_the_data)
+    first = open_folder(tmp_path)
+    assert len(list((cache_home / "boostnet").glob("images-*.npz"))) == 1 and not (tmp_path / ".boostnet_images.npz").exists()
+    monkeypatch.setattr(images, "decode_all", None)
+    assert torch.equal(open_folder(tmp_path)._train_set.images, first._train_set.images)
+
+
+def test_data_are_usable_where_nothing_is_writable(tmp_path, monkeypatch, caplog):
+    make_folder(tmp_path)
+
+    def refuse(path):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(array_cache, "atomic_write", refuse)
+    assert open_folder(tmp_path).n_train == 18
+    assert "prepared again next time" in caplog.text
+
+
+def test_interrupted_cache_write_leaves_no_file(tmp_path, monkeypatch):
+    make_folder(tmp_path)
+
+    def interrupted(file, **arrays):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(array_cache.np, "savez", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_folder(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test", "train"]
+
+
+def write_archive(root, protocol=2):
+    """A small cifar-100-python folder; returns training pixels (n, 3, 32, 32)."""
+    folder = root / "cifar-100-python"
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 3072), dtype=np.uint8)
+    labels = [i % 100 for i in range(8)]
+    for name in ("train", "test"):
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "fine_labels": labels}, protocol))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class{i:02}" for i in range(100)]}, protocol))
+    return pixels.reshape(-1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_python_archive_is_read_directly(tmp_path, protocol):
+    pixels = write_archive(tmp_path, protocol)
+    data = build_data(dataset="cifar100", data_root=tmp_path)
+    assert torch.equal(data._train_set.images, torch.from_numpy(pixels))
+    assert data.num_classes == 100 and data.class_names[3] == "class03"
+    assert torch.cat([batch.labels for batch in data.test()]).tolist() == list(range(8))
+
+
+def test_archive_of_cifar10_joins_its_five_files(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for number, name in enumerate(["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]):
+        content = {"data": np.full((2, 3072), number, np.uint8), "labels": [number, 9]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    data = build_data(dataset="cifar10", data_root=tmp_path)
+    assert data._train_set.images[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4] and data.n_test == 2
+
+
+def test_crafted_archive_cannot_run_code(tmp_path):
+    write_archive(tmp_path)
+
+    class Crafted:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    (tmp_path / "cifar-100-python" / "train").write_bytes(pickle.dumps({"data": Crafted(), "fine_labels": []}))
+    with pytest.raises(UserError, match="train is damaged"):
+        build_data(dataset="cifar100", data_root=tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_damaged_or_incomplete_archive_is_named(tmp_path):
+    write_archive(tmp_path)
+    file = tmp_path / "cifar-100-python" / "train"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="train is damaged"):
+        build_data(dataset="cifar100", data_root=tmp_path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="train is missing"):
+        build_data(dataset="cifar100", data_root=tmp_path)
+
+
+def test_absent_cifar_is_downloaded_by_torchvision(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    calls = []
+
+    def fake_download(root, train, download):
+        calls.append((root, download))
+        write_archive(Path(root))
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", fake_download)
+    assert build_data(dataset="cifar100", data_root=tmp_path / "data").n_train == 8
+    assert build_data(dataset="cifar100", data_root=tmp_path / "data").n_train == 8
+    assert calls == [(str(tmp_path / "data"), True)]
+
+
+def test_failed_download_says_what_to_put_where(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    def no_network(root, train, download):
+        os.makedirs(root)
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", no_network)
+    with pytest.raises(UserError, match=r"unreachable.*cifar-100-python.*\{train,test\}/<class>"):
+        build_data(dataset="cifar100", data_root=tmp_path / "new" / "data")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(FileNotFoundError):  # only the first process downloads
+        build_data(dataset="cifar100", data_root=tmp_path / "data", rank=1, world=2)
+
+
+def test_more_classes_than_the_data_set_has_is_an_error_and_fewer_a_warning(tmp_path, caplog):
+    make_folder(tmp_path, n_train=1, n_test=1, classes=[f"c{i:02}" for i in range(11)])
+    with pytest.raises(UserError, match="11 classes but cifar10 has 10"):
+        build_data(dataset="cifar10", data_root=tmp_path, quiet=True)
+    data = build_data(dataset="cifar100", data_root=tmp_path, quiet=True)
+    assert data.num_classes == 100 and len(data.class_names) == 11 and "only 11 of the 100 classes" in caplog.text
+
+
+@pytest.mark.gpu
+def test_batches_on_the_gpu_equal_the_cpus_and_never_wait_for_it(tmp_path):
+    make_folder(tmp_path)
+    on_cpu, on_gpu = open_folder(tmp_path).train(0), open_folder(tmp_path, device="cuda").train(0)
+    for _ in on_gpu:  # warm-up
+        pass
+    batches = iter(on_gpu)
+    collected = [next(batches)]  # the plan itself is moved before the first batch
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        collected += list(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for expected, got in zip(on_cpu, collected, strict=True):
+        assert torch.equal(expected.labels, got.labels.cpu())
+        torch.testing.assert_close(got.images.cpu(), expected.images, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.realdata
+def test_real_cifar100_has_its_published_sizes_and_statistics(real_data):
+    data = build_data(dataset="cifar100", data_root=real_data / "cifar100", use_valid=True)
+    assert (data.n_train, data.n_valid, data.n_test, data.num_classes) == (45_000, 5000, 10_000, 100)
+    assert data.class_names[:2] == ["apple", "aquarium_fish"] and data.class_names[-1] == "worm"
+    pixels = data._train_set.images.permute(1, 0, 2, 3).flatten(1).float() / 255
+    torch.testing.assert_close(pixels.mean(1), torch.tensor(dataloader.CIFAR_STATISTICS[0]), rtol=0, atol=2e-4)
+    torch.testing.assert_close(pixels.std(1), torch.tensor(dataloader.CIFAR_STATISTICS[1]), rtol=0, atol=2e-3)
+    assert all(len(torch.unique(batch.labels)) > 1 for batch in data.train(0))

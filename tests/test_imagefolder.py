@@ -1,0 +1,304 @@
+"""Large images: the same pixels as torchvision's pipeline, whatever the number of workers and processes."""
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataloader import build_data
+from utils import array_cache, listing
+from utils.augment import IMAGENET_STATISTICS
+from utils.decoders import DECODERS, PillowDecoder, random_box, sample_generator, scaled_size
+from utils.errors import UserError
+from utils.listing import PackedStrings, scan
+
+SIZES = [(320, 240), (240, 321), (500, 260), (261, 262), (230, 400), (300, 300)]
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A smooth random image: noise would make JPEG's losses drown everything else."""
+    small = np.random.default_rng(seed).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def make_folder(root: Path, test_name: str = "val") -> Path:
+    for part in ("train", test_name):
+        for label, name in enumerate(("n01", "n02")):
+            (root / part / name).mkdir(parents=True)
+            for i, size in enumerate(SIZES):
+                picture(*size, seed=10 * label + i).save(root / part / name / f"{name}_{i}.JPEG", quality=90)
+    return root
+
+
+def open_folder(root: Path, **options):
+    return build_data(**{"dataset": "folder", "data_root": root, "image_size": 224, "batch_size": 4, "workers": 0,
+                         "val_workers": 0, "quiet": True, **options})
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path_factory, monkeypatch):
+    home = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    return home
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Shared and only read: JPEGs of many sizes, one of them grey, one CMYK and one a PNG in disguise."""
+    root = make_folder(tmp_path_factory.mktemp("imagenet"))
+    picture(300, 280).convert("L").save(root / "val/n01/grey.JPEG")
+    picture(300, 280).convert("CMYK").save(root / "val/n01/print.JPEG")
+    picture(300, 280).save(root / "val/n02/disguised.JPEG", format="png")
+    return root
+
+
+def images_of(batches) -> torch.Tensor:
+    return torch.cat([batch.images for batch in batches])
+
+
+def assert_equals_torchvision(data, test_folder: Path) -> None:
+    import torchvision.transforms as T
+    from torchvision.datasets import ImageFolder
+
+    transform = T.Compose([T.Resize(256), T.CenterCrop(224), T.ToTensor(), T.Normalize(*IMAGENET_STATISTICS)])
+    reference = ImageFolder(test_folder, transform)
+    batches = list(data.test())
+    assert torch.cat([batch.labels for batch in batches]).tolist() == reference.targets
+    assert data.class_names == reference.classes
+    for image, (expected, _) in zip(images_of(batches), reference, strict=True):
+        assert torch.equal(image, expected)
+
+
+def test_evaluation_images_are_torchvisions_to_the_last_bit(folder):
+    assert_equals_torchvision(open_folder(folder), folder / "val")
+
+
+def test_training_images_are_torchvisions_resized_crops_to_the_last_bit(folder):
+    import torchvision.transforms as T
+    import torchvision.transforms.functional as TF
+
+    data = open_folder(folder, seed=3)
+    batches = data.train(epoch=2)
+    files = scan(folder / "train")
+    flips = 0
+    for i, image in zip(batches.index.tolist(), images_of(batches)):
+        generator = sample_generator(3, 2, i)
+        original = Image.open(files.path(i)).convert("RGB")
+        left, top, right, bottom = random_box(generator, *original.size)
+        expected = TF.resized_crop(original, top, left, bottom - top, right - left, [224, 224])
+        if generator.random() < 0.5:
+            flips, expected = flips + 1, TF.hflip(expected)
+        assert torch.equal(image, T.Normalize(*IMAGENET_STATISTICS)(T.ToTensor()(expected)))
+    assert 0 < flips < 12
+
+
+def test_random_boxes_are_distributed_as_torchvisions():
+    from torchvision.transforms import RandomResizedCrop
+
+    image, generator = Image.new("L", (400, 300)), np.random.default_rng(0)
+    torch.manual_seed(0)
+    ours = np.array([random_box(generator, 400, 300) for _ in range(6000)])
+    ours = np.stack([ours[:, 1], ours[:, 0], ours[:, 3] - ours[:, 1], ours[:, 2] - ours[:, 0]], 1)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(6000)])
+    for quantile in (0.1, 0.3, 0.5, 0.7, 0.9):  # top, left, height, width
+        difference = np.quantile(ours, quantile, 0) - np.quantile(theirs, quantile, 0)
+        assert np.abs(difference).max() <= 8, (quantile, difference)
+
+
+@pytest.mark.parametrize("size", [(1000, 10), (10, 1000), (1, 7), (1, 1)])
+def test_images_too_long_for_any_box_give_torchvisions_middle_or_a_box_inside(size):
+    from torchvision.transforms import RandomResizedCrop
+
+    box = random_box(np.random.default_rng(0), *size)
+    assert 0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]
+    if max(size) == 1000:
+        top, left, height, width = RandomResizedCrop.get_params(Image.new("L", size), [0.08, 1.0], [3 / 4, 4 / 3])
+        assert box == (left, top, left + width, top + height)
+
+
+def test_shorter_side_is_scaled_and_the_longer_one_rounded_down():
+    assert scaled_size(500, 375, 256) == (341, 256) and scaled_size(375, 500, 256) == (256, 341)
+    assert scaled_size(256, 256, 256) == (256, 256)
+
+
+def test_crops_do_not_depend_on_workers_ranks_or_the_starting_batch(folder):
+    alone = open_folder(folder).train(1)
+    by_image = dict(zip(alone.index.tolist(), images_of(alone)))
+    with_workers = open_folder(folder, workers=2).train(1)
+    assert torch.equal(with_workers.index, alone.index) and torch.equal(images_of(with_workers), images_of(alone))
+    rest = open_folder(folder).train(1, first_batch=2)
+    assert len(rest) == 1 and torch.equal(images_of(rest), images_of(alone)[8:])
+    ranks = [open_folder(folder, batch_size=2, rank=rank, world=2).train(1) for rank in range(2)]
+    assert sum(batches.n_samples for batches in ranks) == 12
+    for batches in ranks:
+        assert all(torch.equal(image, by_image[i]) for i, image in zip(batches.index.tolist(), images_of(batches)))
+    assert not torch.equal(images_of(open_folder(folder).train(2)), images_of(alone))
+
+
+def test_evaluation_shards_of_three_ranks_join_to_the_single_pass(folder):
+    whole = images_of(open_folder(folder).test())
+    parts = [open_folder(folder, rank=rank, world=3, eval_batch_size=2).test() for rank in range(3)]
+    joined = {i: image for part in parts for i, image in zip(part.index.tolist(), images_of(part))}
+    assert len(whole) == 15 and all(torch.equal(joined[i], image) for i, image in enumerate(whole))
+
+
+def test_held_out_images_are_not_augmented(folder):
+    data = open_folder(folder, use_valid=True, valid_size=4)
+    assert torch.equal(images_of(data.valid()), images_of(data.valid()))
+    files, decoder = scan(folder / "train"), PillowDecoder()
+    first = decoder.centre_crop(decoder.load(files.path(int(data.split.valid_index[0]))), 256, 224)
+    expected = data._train_set.normalise(torch.from_numpy(first.copy()).permute(2, 0, 1)[None])
+    assert torch.equal(next(iter(data.valid())).images[:1], expected)
+
+
+def test_loading_leaves_the_global_random_state_alone(folder):
+    state = torch.get_rng_state()
+    list(open_folder(folder).train(0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    root = make_folder(tmp_path)
+    for name in ("train/n01/n01_0.JPEG", "train/n02/n02_4.JPEG", "val/n01/n01_1.JPEG"):
+        content = (root / name).read_bytes()
+        (root / name).write_bytes(content[:len(content) // 2])
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_stops_with_its_name_in_one_line(damaged, workers):
+    with pytest.raises(UserError, match=r"n0\d_\d.JPEG cannot be read as an image.*--skip_unreadable") as caught:
+        list(open_folder(damaged, workers=workers).train(0))
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_images_are_skipped_counted_and_logged_once_when_asked(damaged, caplog):
+    data = open_folder(damaged, skip_unreadable=True)
+    batches = list(data.train(0))
+    list(data.train(1))
+    assert sum(len(batch.labels) for batch in batches) == 10
+    assert sum(batch.share for batch in batches) == pytest.approx(3 - 2 / 4)  # each lost image weighs one of four
+    assert len(data._train_set.unreadable) == 2
+    messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(messages) == 2 and "n01_0.JPEG" in " ".join(messages) and messages[-1].endswith("2 so far")
+    assert sum(len(batch.labels) for batch in data.test()) == 11
+
+
+def test_batch_without_one_readable_image_is_an_error(damaged):
+    with pytest.raises(UserError, match="not one of the 1 images of a batch can be read"):
+        list(open_folder(damaged, batch_size=1, skip_unreadable=True).train(0))
+
+
+def test_files_are_listed_once_and_again_when_a_class_folder_changes(tmp_path, monkeypatch):
+    make_folder(tmp_path)
+    scanned = []
+    real = listing.scan
+    monkeypatch.setattr(listing, "scan", lambda folder: scanned.append(folder) or real(folder))
+    assert open_folder(tmp_path).n_train == 12 and len(scanned) == 2
+    assert open_folder(tmp_path).n_train == 12 and len(scanned) == 2
+    picture(300, 300).save(tmp_path / "train/n02/new.JPEG")
+    assert open_folder(tmp_path).n_train == 13 and len(scanned) == 4
+    (tmp_path / ".boostnet_files.npz").write_bytes(b"damaged")
+    assert open_folder(tmp_path).n_train == 13 and len(scanned) == 6
+
+
+def test_list_of_read_only_data_is_kept_in_the_users_cache_folder(tmp_path, cache_home, monkeypatch):
+    make_folder(tmp_path)
+    real = array_cache.atomic_write
+
+    def refuse_beside_the_data(path):
+        if tmp_path in Path(path).parents:
+            raise PermissionError("read-only")
+        return real(path)
+
+    monkeypatch.setattr(array_cache, "atomic_write", refuse_beside_the_data)
+    open_folder(tmp_path)
+    monkeypatch.setattr(listing, "scan", None)
+    assert open_folder(tmp_path).n_train == 12
+
+
+def test_imagenet_takes_val_even_beside_a_flat_test_folder(tmp_path, caplog):
+    make_folder(tmp_path)
+    (tmp_path / "test").mkdir()
+    picture(300, 300).save(tmp_path / "test/unlabelled.JPEG")
+    data = open_folder(tmp_path, dataset="imagenet")
+    assert (data.n_test, data.num_classes) == (12, 1000) and "only 2 of the 1000 classes" in caplog.text
+
+
+def test_differing_classes_and_flat_folders_are_named(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "val/n02").rename(tmp_path / "val/n03")
+    with pytest.raises(UserError, match="n02"):
+        open_folder(tmp_path)
+    for name in ("n01", "n03"):
+        (tmp_path / "val" / name).rename(tmp_path / f"spare_{name}")
+    with pytest.raises(UserError, match="val has no class folders"):
+        open_folder(tmp_path)
+
+
+def test_packed_strings_are_the_strings():
+    strings = ["n01/a.JPEG", "", "n02/köln 1.png", "n02/" + os.fsdecode(b"\xff.png")]
+    packed = PackedStrings.pack(strings)
+    assert list(packed) == strings and len(packed) == 4
+    assert list(PackedStrings.pack([])) == []
+
+
+def test_unknown_or_missing_decoder_is_reported(folder, monkeypatch):
+    with pytest.raises(UserError, match="unknown decoder 'fast'; choose one of pillow, torchcodec"):
+        open_folder(folder, decoder="fast")
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    with pytest.raises(UserError, match="pip install torchcodec"):
+        open_folder(folder, decoder="torchcodec")
+
+
+def assert_close_to_pillow(paths: list[str]) -> None:
+    """What the docstring of utils/decoders.py promises."""
+    fast, faithful = DECODERS["torchcodec"](), DECODERS["pillow"]()
+    differences = []
+    for i, path in enumerate(paths):
+        image, expected = fast.load(path), faithful.load(path)
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected)), path
+        box = random_box(sample_generator(0, 0, i), *expected.size)
+        for got, want in ((fast.resized_crop(image, box, 224, True), faithful.resized_crop(expected, box, 224, True)),
+                          (fast.centre_crop(image, 256, 224), faithful.centre_crop(expected, 256, 224))):
+            differences.append(np.abs(got.astype(int) - want))
+    differences = np.stack(differences)
+    assert differences.max() <= 2 and (differences > 1).mean() < 1e-5 and (differences > 0).mean() < 0.05
+
+
+def test_torchcodec_decodes_the_same_pixels_and_scales_nearly_the_same(folder):
+    pytest.importorskip("torchcodec")
+    files = scan(folder / "val")
+    assert_close_to_pillow([files.path(i) for i in range(len(files.files))])
+
+
+def test_torchcodec_reports_unreadable_images_too(damaged):
+    pytest.importorskip("torchcodec")
+    data = open_folder(damaged, skip_unreadable=True, decoder="torchcodec")
+    assert sum(len(batch.labels) for batch in data.train(0)) == 10
+
+
+@pytest.mark.realdata
+def test_real_images_are_torchvisions_to_the_last_bit(tmp_path, real_data):
+    sample = real_data / "imagenet_sample"
+    for part in ("train", "val"):
+        (tmp_path / part).symlink_to(sample, target_is_directory=True)
+    data = open_folder(tmp_path, dataset="imagenet")
+    assert (data.n_test, len(data.class_names)) == (100, 100)
+    assert_equals_torchvision(data, sample)
+    for batch in data.train(0):
+        assert batch.images.is_contiguous() and batch.images.shape[1:] == (3, 224, 224) and batch.images.isfinite().all()
+
+
+@pytest.mark.realdata
+def test_torchcodec_is_as_close_on_real_images(real_data):
+    pytest.importorskip("torchcodec")
+    assert_close_to_pillow(sorted(map(str, (real_data / "imagenet_sample").glob("*/*.JPEG"))))

@@ -1,0 +1,118 @@
+"""The hold-out split: drawn once, the same everywhere, and never mistaken for another data set's."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils.errors import UserError
+from utils.sampling import plan_evaluation, plan_training
+from utils.split import Split
+
+LABELS = torch.arange(40) % 4
+
+
+def test_split_parts_the_training_set_without_overlap():
+    split = Split.draw(LABELS, 10, seed=0)
+    assert len(split.valid_index) == 10 and len(split.train_index) == 30
+    assert torch.equal(torch.cat([split.valid_index, split.train_index]).sort().values, torch.arange(40))
+
+
+def test_split_follows_the_seed():
+    assert Split.draw(LABELS, 10, seed=0).hash == Split.draw(LABELS, 10, seed=0).hash
+    assert Split.draw(LABELS, 10, seed=0).hash != Split.draw(LABELS, 10, seed=1).hash
+
+
+def test_hash_covers_size_labels_and_index():
+    split = Split.draw(LABELS, 10, seed=0)
+    others = [
+        Split.draw(LABELS, 11, seed=0),
+        Split(split.valid_index, 41, 0, split.labels_hash),
+        Split(split.valid_index, 40, 0, "other"),
+        Split(split.train_index, 40, 0, split.labels_hash),
+    ]
+    assert len({other.hash for other in [split, *others]}) == 5
+
+
+def test_saved_split_comes_back_equal(tmp_path):
+    split = Split.draw(LABELS, 10, seed=3)
+    split.save(tmp_path / "split.pth")
+    again = Split.load(tmp_path / "split.pth")
+    assert again.hash == split.hash and again.seed == 3 and torch.equal(again.valid_index, split.valid_index)
+    assert [file.name for file in tmp_path.iterdir()] == ["split.pth"]
+
+
+def test_split_of_other_data_is_refused():
+    split = Split.draw(LABELS, 10, seed=0)
+    split.check(LABELS)
+    with pytest.raises(UserError, match="40 training images, but the data folder has 41"):
+        split.check(torch.arange(41))
+    with pytest.raises(UserError, match="labels differ"):
+        split.check(LABELS.flip(0))
+
+
+@pytest.mark.parametrize("size", [0, -1, 40, 41])
+def test_split_that_leaves_one_side_empty_is_refused(size):
+    with pytest.raises(UserError, match="between 1 and 39"):
+        Split.draw(LABELS, size, seed=0)
+
+
+def test_damaged_split_files_are_refused(tmp_path):
+    path = tmp_path / "split.pth"
+    with pytest.raises(FileNotFoundError, match="split.pth"):
+        Split.load(path)
+    path.write_bytes(b"no archive")
+    with pytest.raises(UserError, match="cannot be read as a hold-out split"):
+        Split.load(path)
+    torch.save([1, 2], path)
+    with pytest.raises(UserError, match="holds a list"):
+        Split.load(path)
+    saved = Split.draw(LABELS, 10, seed=0).to_dict()
+    for change in (
+        {"valid_index": saved["valid_index"].flip(0)},  # not sorted
+        {"valid_index": saved["valid_index"] + 40},  # beyond the data
+        {"valid_index": saved["valid_index"][:9]},  # another hash
+        {"valid_index": None},
+        {"n_total": "many"},
+    ):
+        with pytest.raises(UserError, match="damaged"):
+            Split.from_dict(saved | change)
+    with pytest.raises(UserError, match="damaged"):
+        Split.from_dict({key: value for key, value in saved.items() if key != "labels_hash"})
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 17), st.integers(1, 5), st.integers(0, 3))
+def test_ranks_share_every_global_batch_nearly_equally(n, batch_size, world, epoch):
+    samples = torch.arange(n) * 3
+    plans = [
+        plan_training(samples, batch_size=batch_size, seed=7, epoch=epoch, rank=rank, world=world) for rank in range(world)
+    ]
+    whole = plan_training(samples, batch_size=batch_size * world, seed=7, epoch=epoch)
+    seen = torch.cat([plan.index for plan in plans]).tolist()
+    assert len(seen) == len(set(seen)) == n - plans[0].n_dropped
+    last = n % (batch_size * world)
+    assert plans[0].n_dropped == (last if last < world else 0)
+    parts = [plan.index.split(plan.sizes) if plan.sizes else () for plan in plans]
+    for step in range(len(plans[0].sizes)):
+        sizes = [plan.sizes[step] for plan in plans]
+        assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
+        assert sum(plan.shares[step] for plan in plans) == pytest.approx(world)
+        # the ranks' parts, one after the other, are the batch that a single process would see
+        assert torch.equal(torch.cat([part[step] for part in parts]), whole.index.split(whole.sizes)[step])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 100), st.integers(1, 9), st.integers(1, 5))
+def test_evaluation_shards_cover_each_image_once(n, batch_size, world):
+    samples = torch.arange(n) + 5
+    plans = [plan_evaluation(samples, batch_size=batch_size, rank=rank, world=world) for rank in range(world)]
+    assert torch.equal(torch.cat([plan.index for plan in plans]).sort().values, samples)
+    assert all(max(plan.sizes, default=0) <= batch_size and sum(plan.sizes) == len(plan.index) for plan in plans)
+
+
+def test_skipping_batches_leaves_the_rest_of_the_pass():
+    plan = plan_training(torch.arange(50), batch_size=8, seed=0, epoch=2)
+    rest = plan.skip(3)
+    assert torch.equal(rest.index, plan.index[24:]) and rest.sizes == plan.sizes[3:] and rest.shares == plan.shares[3:]
+    assert len(plan.skip(len(plan.sizes)).index) == 0
