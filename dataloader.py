@@ -20,6 +20,7 @@ from torch import Tensor
 
 from utils import cifar
 from utils.augment import CIFAR_STATISTICS, IMAGENET_STATISTICS
+from utils.catalog import DATASETS
 from utils.decoders import DECODERS
 from utils.device_images import DeviceImages
 from utils.errors import UserError
@@ -31,10 +32,6 @@ from utils.sampling import Plan, plan_evaluation, plan_training
 from utils.split import Split, hash_labels
 
 __all__ = ["Batch", "Batches", "Data", "Split", "build_data"]
-
-DATASETS = ("cifar10", "cifar100", "imagenet", "glyphs", "folder")
-N_CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000, "glyphs": 36}  # of a `folder`: as many as it has
-VALID_SIZES = {"cifar10": 5000, "cifar100": 5000, "imagenet": 50_000, "glyphs": 2000}  # of a `folder`: a tenth
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +176,7 @@ def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, bat
     if split is not None:
         split.check(train_set.labels)
     elif use_valid:
-        size = valid_size if valid_size is not None else VALID_SIZES.get(dataset, len(train_set.labels) // 10)
+        size = valid_size or DATASETS[dataset].valid_size or len(train_set.labels) // 10
         split = Split.draw(train_set.labels, size, seed)
     return Data(train_set, test_set, class_names=class_names, num_classes=num_classes, image_size=image_size, split=split,
                 batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, rank=rank, world=world)
@@ -210,7 +207,7 @@ def _first_rank_first(read: Callable[[], Any], rank: int) -> Any:
 
 
 def _count_classes(dataset: str, class_names: list[str], data_root: Path) -> int:
-    expected = N_CLASSES.get(dataset, len(class_names))
+    expected = DATASETS[dataset].num_classes or len(class_names)
     if len(class_names) > expected:
         raise UserError(f"{data_root} has {len(class_names)} classes but {dataset} has {expected}; use --dataset folder")
     if len(class_names) < expected:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_inference import combine_sizes
+from utils.catalog import title_of
 from utils.cli import OneLineParser
 from utils.errors import UserError, user_errors
 from utils.paper import ANYTIME, BUDGETED, Published
@@ -31,8 +32,6 @@ METHODS = {"boost": "BoostNet", "joint": "joint training"}
 ARCHITECTURES = {"msdnet": "MSDNet without rescaling", "msdnet_ge": "MSDNet",
                  "ranet": "RANet", "ranet_ge": "RANet with rescaling"}
 PAPER_BACKBONES = {"msdnet": "MSDNet", "ranet": "RANet"}
-DATASETS = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "imagenet": "ImageNet",
-            "glyphs": "glyphs (synthetic images)", "folder": "own images"}
 FAMILIES = {"eq9": "shares of eq. 9, one solution per budget", "released": "released sweep, shares proportional to $q^n$"}
 
 
@@ -176,7 +175,7 @@ def published(table: dict, results: Sequence[dict], paper: str) -> list[tuple[st
         return []
     dataset = results[0]["dataset"]
     if paper != "auto" and (dataset, paper) not in table:
-        raise UserError(f"the paper has no numbers for {paper} on {DATASETS.get(dataset, dataset)}; leave --paper out")
+        raise UserError(f"the paper has no numbers for {paper} on {title_of(dataset)}; leave --paper out")
     backbones = dict.fromkeys(result["arch"].removesuffix("_ge") for result in results) if paper == "auto" else [paper]
     return [(backbone, table[dataset, backbone]) for backbone in backbones if (dataset, backbone) in table]
 
@@ -189,7 +188,7 @@ def new_axes(title: str, result: dict, x_label: str, subtitle: str = ""):
     figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    heading = f"{title}: {DATASETS.get(result['dataset'], result['dataset'])}, {result['n_test']:,} test images"
+    heading = f"{title}: {title_of(result['dataset'])}, {result['n_test']:,} test images"
     axes.set_title(f"{heading}\n{subtitle}" if subtitle else heading, fontsize=11, color=INK)
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel("top-1 accuracy (%)", color=INK)
