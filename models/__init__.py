@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models.boosted_head import BoostedNet, expand_temperatures
@@ -30,9 +31,14 @@ def build_backbone(args: argparse.Namespace) -> nn.Module:
 
 
 def select(state: Any, index: Tensor) -> Any:
-    """Keep only the rows `index` (int64, (k,)) of every tensor in a state; the state itself is left alone."""
+    """Keep only the rows `index` of every tensor in a state; the state itself is left alone.
+
+    Args:
+        state: what `start` or `step` of a backbone returned.
+        index: (k,) int64 row numbers, or a (B,) bool mask, which costs a wait for the device.
+    """
     if isinstance(state, Tensor):
-        return state.index_select(0, index)
+        return state[index] if index.dtype == torch.bool else state.index_select(0, index)
     if isinstance(state, dict):
         return {name: select(value, index) for name, value in state.items()}
     return [select(value, index) for value in state]

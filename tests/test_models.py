@@ -50,6 +50,8 @@ def test_selected_rows_go_on_as_if_they_were_alone(backbone):
             if n == 0:
                 logits, state = logits[rows], select(state, rows)
                 assert all(len(t) == 2 for t in _tensors(state))
+                mask = torch.tensor([True, False])
+                assert all(torch.equal(a[:1], b) for a, b in zip(_tensors(state), _tensors(select(state, mask)), strict=True))
             torch.testing.assert_close(logits, wanted[n], rtol=1e-4, atol=1e-5)
 
 

@@ -1,0 +1,81 @@
+"""Losses of all exits, their equalisation, optimisers and schedules, against sums done by hand."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import MSDNet, RANet
+from utils.objective import ExitLosses, valid_share
+from utils.optim import build_optimizer, build_scheduler
+
+
+def _predictions(*exits):
+    return [torch.tensor(rows, requires_grad=True) for rows in exits]
+
+
+def test_two_exits_by_hand():
+    predictions = _predictions([[0.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]])
+    loss = ExitLosses()(predictions, torch.tensor([0, 1]))
+    first, easy, hard = 0.6931472, 0.3132617, 1.3132617   # ln 2, ln(1 + 1/e), ln(1 + e)
+    torch.testing.assert_close(loss.per_sample, torch.tensor([[first, first], [easy, hard]]))
+    assert loss.total.item() == pytest.approx(first + (easy + hard) / 2, rel=1e-6)
+    assert not loss.per_sample.requires_grad
+
+
+def test_equalised_loss_divides_by_the_moving_average_and_starts_from_the_first_value():
+    objective, y = ExitLosses(equalise=True), torch.tensor([0])
+    a = torch.tensor([0.5, 2.0])
+    for step in range(3):
+        predictions = _predictions([[0.3 * step, 0.0]], [[-1.0, float(step)]])
+        per_exit = torch.stack([F.cross_entropy(p, y) for p in predictions])
+        a = per_exit.detach() if step == 0 else 0.9 * a + 0.1 * per_exit.detach()
+        loss = objective(predictions, y)
+        torch.testing.assert_close(loss.total, a.mean() * (per_exit / a).sum())
+        loss.total.backward()
+        want = torch.autograd.grad((a.mean() / a * torch.stack([F.cross_entropy(p, y) for p in predictions])).sum(), predictions)
+        for p, g in zip(predictions, want, strict=True):   # a carries no gradient
+            torch.testing.assert_close(p.grad, g)
+
+
+def test_a_ranks_share_weights_its_loss():
+    predictions, y = _predictions([[1.0, -1.0]]), torch.tensor([1])
+    assert ExitLosses()(predictions, y, share=0.5).total.item() == pytest.approx(ExitLosses()(predictions, y).total.item() / 2)
+
+
+def test_valid_samples_are_those_above_the_tenth_percentile_of_the_first_exit():
+    first = torch.arange(1.0, 11.0)   # the 10th percentile lies between the lowest and the second
+    share = valid_share(torch.stack([first, torch.full((10,), 1.5), torch.full((10,), 5.0)]))
+    assert share.tolist() == pytest.approx([0.9, 0.0, 1.0])
+
+
+def test_the_optimizer_flag_selects_the_optimizer():
+    net = MSDNet(n_blocks=2, n_channels=4, base=1)
+    for name, kind in (("sgd", torch.optim.SGD), ("rmsprop", torch.optim.RMSprop), ("adam", torch.optim.Adam)):
+        optimizer = build_optimizer(net, name=name, lr=0.2, momentum=0.7, weight_decay=[1e-3])
+        assert type(optimizer) is kind
+        group, = optimizer.param_groups
+        assert group["lr"] == 0.2 and group["weight_decay"] == 1e-3 and group.get("momentum", 0.7) == 0.7
+        assert len(group["params"]) == len(list(net.parameters()))
+
+
+def test_two_weight_decays_are_interpolated_over_blocks_with_their_classifiers():
+    net = MSDNet(n_blocks=3, n_channels=4, base=1)
+    optimizer = build_optimizer(net, name="sgd", lr=0.1, momentum=0.9, weight_decay=[1e-4, 5e-4])
+    assert [g["weight_decay"] for g in optimizer.param_groups] == pytest.approx([1e-4, 3e-4, 5e-4])
+    for i, group in enumerate(optimizer.param_groups):
+        assert {id(p) for p in group["params"]} == {id(p) for m in (net.blocks[i], net.classifier[i]) for p in m.parameters()}
+    ranet = RANet(n_blocks=1, n_channels=4, scale_list=[1, 2, 3], gr_factor=[4, 2, 1], bn_factor=[4, 2, 1])
+    with pytest.raises(ValueError, match="MSDNet's blocks"):
+        build_optimizer(ranet, name="sgd", lr=0.1, momentum=0.9, weight_decay=[1e-4, 5e-4])
+
+
+@pytest.mark.parametrize("kind, want", [("multistep", [1.0, 1.0, 0.1, 0.1, 0.01]),
+                                        ("cosine", [1.0, 0.9045, 0.6545, 0.3455, 0.0955])])
+def test_schedules(kind, want):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = build_scheduler(optimizer, kind=kind, milestones=[2, 4], decay_rate=0.1, epochs=5)
+    rates = []
+    for _ in range(5):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx(want, abs=1e-4)
