@@ -48,7 +48,7 @@ def solve_exit_rate(cumulative_costs: Sequence[float], budget: float) -> float:
     if not lowest * (1 - BUDGET_TOLERANCE) <= budget <= highest * (1 + BUDGET_TOLERANCE):  # refuses NaN as well
         raise UserError(f"budget {budget:.10g} is out of range: this model spends {lowest:.10g} to {highest:.10g} MACs "
                         "per image, the costs of its first and of its last exit")
-    if budget <= lowest:
+    if budget <= lowest or lowest == highest:
         return 1.0
     cost_of_stage = np.diff(costs, prepend=0.0)
     power = np.arange(costs.size)
@@ -335,7 +335,7 @@ def _check_confidence(confidence) -> np.ndarray:
         raise ValueError("confidence must be a non-empty (n_exits, N) array of floats, "
                          f"got {confidence.dtype} of shape {confidence.shape}")
     if not np.isfinite(confidence).all():
-        raise ValueError("confidence contains values that are not finite; did training diverge?")
+        raise UserError("confidence contains values that are not finite; did training diverge?")
     return confidence
 
 

@@ -13,28 +13,13 @@ import re
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
+from utils.catalog import DATASETS
 from utils.cli import OneLineParser, Rule, each, list_of, number, rising, shown, true_false, whole
 
-
-class DataSet(NamedTuple):
-    """What the command line knows of a data set; None means that it is read from the folder itself."""
-
-    num_classes: int | None
-    image_size: int | None
-    n_train: int | None
-    valid_size: int | None
-
-
-DATASETS = {
-    "cifar10": DataSet(10, 32, 50_000, 5_000),
-    "cifar100": DataSet(100, 32, 50_000, 5_000),
-    "imagenet": DataSet(1000, 224, None, 50_000),
-    "glyphs": DataSet(36, 32, 20_000, 2_000),
-    "folder": DataSet(None, None, None, None),
-}
 IMAGE_SIZES = (32, 224)
+DECODERS = ("pillow", "torchcodec")   # those of utils/decoders.py, which need torch
 # A classifier halves the coarsest map twice and pools it to one value: the map is 8x8 (32 pixels) or 7x7 (224).
 N_SCALES = {32: 3, 224: 4}
 # A mistyped number of blocks should be an error, not a machine that swaps. The largest published network has 160.
@@ -97,6 +82,11 @@ def build_parser(datasets: Sequence[str] = tuple(DATASETS)) -> OneLineParser:
              "(default: %(default)s)")
     add("--val_workers", type=whole, default=1, metavar="N",
         help="the same for hold-out and test images (default: %(default)s)")
+    add("--decoder", choices=DECODERS, default="pillow",
+        help="what decodes and scales images of 224 pixels: pillow as in the paper, or torchcodec, which is faster and rounds a "
+             "few pixels differently (default: %(default)s)")
+    add("--skip_unreadable", action="store_true",
+        help="count, log and leave out images of 224 pixels that cannot be read, instead of stopping at the first one")
 
     network = parser.add_argument_group("network", "lists have one entry per scale (MSDNet) or sub-network (RANet)")
     add = network.add_argument
@@ -241,6 +231,11 @@ RULES: tuple[Rule, ...] = (
          lambda a: DATASETS[a.dataset].image_size in (None, a.image_size),
          lambda a: f"{a.dataset} has images of {DATASETS[a.dataset].image_size} pixels, got {a.image_size}; "
                    "only --dataset folder leaves the choice"),
+    *(Rule((name, "image_size", "dataset"),
+           lambda a, n=name: n not in a.explicit or a.image_size != 32,
+           lambda a: f"is for images of 224 pixels, which are decoded during training; those of {a.dataset} have 32 here",
+           if_given=True)
+      for name in ("decoder", "skip_unreadable")),
     Rule(("valid_size", "use_valid"),
          lambda a: "valid_size" not in a.explicit or a.use_valid,
          lambda a: "has no effect without --use-valid"),
@@ -330,7 +325,7 @@ RULES: tuple[Rule, ...] = (
     *(Rule((name, "evalmode"),
            lambda a, n=name: not getattr(a, n) or a.evalmode == "dynamic",
            lambda a: f"has no meaning with --evalmode {a.evalmode}; use --evalmode dynamic")
-      for name in ("budget", "sweep")),
+      for name in ("budget", "sweep", "flat_curve")),
 )
 
 
@@ -362,7 +357,7 @@ def _fill_in(args: Namespace) -> None:
         args.image_size = dataset.image_size or IMAGE_SIZES[0]
     if args.valid_size is None:
         args.valid_size = dataset.valid_size
-    if args.evalmode == "anytime" and "evalmode" not in args.explicit and (args.budget or args.sweep):
+    if args.evalmode == "anytime" and "evalmode" not in args.explicit and (args.budget or args.sweep or args.flat_curve):
         args.evalmode = "dynamic"
 
 

@@ -33,7 +33,7 @@ from utils.split import Split, hash_labels
 
 __all__ = ["Batch", "Batches", "Data", "Split", "build_data"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("boostnet")
 
 
 class Batch(NamedTuple):

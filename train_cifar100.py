@@ -3,14 +3,15 @@
     python train_cifar100.py --data-root data --result_dir runs/boost --arch msdnet_ge --nBlocks 10 --step 2 --nChannels 16 \\
         --lr_milestones 150,225
     python train_cifar100.py ... --method joint          # the baseline, everything else equal
-    python train_cifar100.py ... --resume                # continue runs/boost from its latest checkpoint
+    python train_cifar100.py ... --resume                # the same command: continue runs/boost as if it had never stopped
 """
 import sys
 
-from args import parse_args, require
+from args import forbid, parse_args, require, require_unchanged
 from dataloader import build_data
-from utils.errors import user_errors
-from utils.run import choose_device, saved_split
+from utils.errors import STOPPED, user_errors
+from utils.run import choose_device, claim, find_run, stored_split
+from utils.signals import StopSignals
 from utils.trainer import prepare
 
 
@@ -18,13 +19,21 @@ from utils.trainer import prepare
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     require(args, "result_dir")
+    forbid(args, "evaluate_from", "evalmode", "budget", "sweep", "flat_curve")
     device = choose_device(args.device, args.gpu, args.threads)
-    data = build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size, batch_size=args.batch_size,
-                      device=device, seed=args.seed, use_valid=args.use_valid, valid_size=args.valid_size,
-                      split=saved_split(args.result_dir, args.resume), workers=args.workers, val_workers=args.val_workers)
-    trainer = prepare(args, data, device)
-    trainer.fit()
-    trainer.test()
+    with claim(args.result_dir):
+        saved = find_run(args.result_dir, args.resume)
+        if saved:
+            require_unchanged(args, saved["training"]["config"], epochs_done=saved["epoch"])
+        data = build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size,
+                          batch_size=args.batch_size, device=device, seed=args.seed, use_valid=args.use_valid,
+                          valid_size=args.valid_size, split=stored_split(saved), workers=args.workers,
+                          val_workers=args.val_workers, decoder=args.decoder, skip_unreadable=args.skip_unreadable)
+        trainer = prepare(args, data, device, saved)
+        with StopSignals() as signals:
+            if not trainer.fit(signals):
+                return STOPPED
+            trainer.test()
     return 0
 
 

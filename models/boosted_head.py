@@ -68,5 +68,5 @@ def expand_temperatures(values: Sequence[float], n_exits: int) -> list[float]:
         return list(values) * n_exits
     if len(values) == 2:
         first, last = values
-        return [first + (last - first) * n / (n_exits - 1) for n in range(n_exits)]
+        return [first + (last - first) * n / max(n_exits - 1, 1) for n in range(n_exits)]
     raise ValueError(f"--ensemble_reweight has {len(values)} values for {n_exits} exits; pass 1, 2 or {n_exits}")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ class MSDNet(nn.Module):
     """
 
     def __init__(self, *, n_blocks: int, n_channels: int = 32, base: int = 4, step: int = 1, step_mode: str = "even",
-                 growth_rate: int = 6, gr_factor: list[int] = (1, 2, 4), bn_factor: list[int] = (1, 2, 4),
+                 growth_rate: int = 6, gr_factor: Sequence[int] = (1, 2, 4), bn_factor: Sequence[int] = (1, 2, 4),
                  prune: str = "max", reduction: float = 0.5, bottleneck: bool = True, num_classes: int = 100,
                  image_size: int = 32, rescale_gradients: bool = False) -> None:
         super().__init__()
@@ -100,15 +101,15 @@ class MSDNet(nn.Module):
                              "all but the finest scale split their growth in two equal halves")
         self._check_map_size(n_scales, image_size)
         self.rescale_gradients = rescale_gradients
-        self.n_layers = [base, *(step if step_mode == "even" else step * i + 1 for i in range(1, n_blocks))]
-        total = sum(self.n_layers)
+        n_layers = [base, *(step if step_mode == "even" else step * i + 1 for i in range(1, n_blocks))]
+        total = sum(n_layers)
 
         stem = Stem([n_channels * f for f in gr_factor], [2] * (n_scales - 1), image_size)
         self.blocks, self.classifier = nn.ModuleList(), nn.ModuleList()
         width = n_channels
         for block in range(n_blocks):
             modules: list[nn.Module] = [stem] if block == 0 else []
-            for layer in range(sum(self.n_layers[:block]) + 1, sum(self.n_layers[:block + 1]) + 1):
+            for layer in range(sum(n_layers[:block]) + 1, sum(n_layers[:block + 1]) + 1):
                 n_in, n_out = _scales(layer, total, n_scales, prune)
                 modules.append(MSDLayer(width, growth_rate, gr_factor, bn_factor, n_in, n_out, bottleneck=bottleneck))
                 width += growth_rate

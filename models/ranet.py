@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -124,8 +125,8 @@ class RANet(nn.Module):
     """
 
     def __init__(self, *, n_blocks: int, block_step: int = 2, step: int = 1, step_mode: str = "even",
-                 scale_list: list[int] = (1, 2, 3), n_channels: int = 32, growth_rate: int = 6,
-                 gr_factor: list[int] = (1, 2, 4), bn_factor: list[int] = (1, 2, 4), compress_factor: float = 0.25,
+                 scale_list: Sequence[int] = (1, 2, 3), n_channels: int = 32, growth_rate: int = 6,
+                 gr_factor: Sequence[int] = (1, 2, 4), bn_factor: Sequence[int] = (1, 2, 4), compress_factor: float = 0.25,
                  reduction: float = 0.5, bottleneck: bool = True, num_classes: int = 100, image_size: int = 32,
                  rescale_gradients: bool = False) -> None:
         super().__init__()

@@ -150,10 +150,10 @@ def test_sweep_over_ten_exits_and_100000_inputs_takes_about_a_second_at_most():
     correct = rng.random((2, 10, 50_000)) < 0.7
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         ai.released_sweep(confidence[0], correct[0], confidence[1], correct[1], np.arange(1, 11) * 1e7)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1.0  # 0.17 s on an idle core; the bound leaves room for a busy machine
+        seconds.append(time.process_time() - start)  # of this process alone, so that a busy machine matters less
+    assert min(seconds) < 1.0  # 0.17 s on an idle core
 
 
 # Newton's method
@@ -258,6 +258,30 @@ def test_fitted_thresholds_spend_the_budget_on_the_hold_out_up_to_quota_rounding
     # Each exit but the last lets at most one input too few go; those are never cheaper than asked for.
     assert np.all(np.abs(exit_share - shares)[:-1] <= 1 / n_samples + 1e-9)
     assert budget * (1 - 1e-6) <= cost <= budget * (1 + 1e-6) + (n_exits - 1) * (costs[-1] - costs[0]) / n_samples
+
+
+FLOATS = st.one_of(st.floats(0, 1, width=32), st.sampled_from([0.0, 0.5, 1.0]))
+
+
+@settings(deadline=None)
+@given(arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 12)), elements=FLOATS), st.integers(0, 2 ** 32 - 1))
+def test_thresholds_of_any_confidences_equal_the_per_sample_reference(confidence, seed):
+    n_exits, n_samples = confidence.shape
+    shares = random_shares(n_exits, seed)
+    thresholds = ai.fit_thresholds(confidence, shares)
+    quotas = [int(share * n_samples + 1e-9) for share in shares]
+    assert thresholds.tolist() == reference_thresholds(confidence, quotas, np.inf, -np.inf)
+    exits, _, _ = reference_evaluation(confidence, confidence > 0.5, thresholds, range(1, n_exits + 1))
+    assert ai.exit_index(confidence, thresholds).tolist() == exits
+
+
+@settings(deadline=None)
+@given(arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 6)), elements=st.floats(0, 1, width=32)), st.data())
+def test_one_confidence_that_is_no_number_is_enough_to_be_refused(confidence, data):
+    place = tuple(data.draw(st.integers(0, size - 1)) for size in confidence.shape)
+    confidence[place] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf]))
+    with pytest.raises(ValueError):
+        ai.fit_thresholds(confidence, random_shares(len(confidence), 0))
 
 
 def test_quotas_forgive_products_just_below_a_whole_number():

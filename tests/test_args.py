@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import args as cli
 from args import build_parser, forbid, parse_args, require
+from utils.errors import UserError
+from utils.methods import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # People's scripts depend on these spellings: add to the list, take nothing away.
 FLAGS = """
 --arch --base --batch-size --block-step --bnAfter --bnFactor --bottleneck --budget --checkpoint --compress-factor
---data-root --dataset --decay-rate --deterministic --device --dist_backend --distributed --ensemble_reweight --epochs --evalmode
---evaluate-from --flat_curve --gpu --grFactor --growthRate --help --image_size --learning-rate --local-rank
+--data-root --dataset --decay-rate --decoder --deterministic --device --dist_backend --distributed --ensemble_reweight
+--epochs --evalmode --evaluate-from --flat_curve --gpu --grFactor --growthRate --help --image_size --learning-rate --local-rank
 --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones --method --momentum --nBlocks --nChannels --on_nan --optimizer
---print-freq --prune --reduction --result_dir --resume --save_suffix --scale-list --seed --start-epoch --step
+--print-freq --prune --reduction --result_dir --resume --save_suffix --scale-list --seed --skip_unreadable --start-epoch --step
 --stepmode --sweep --tensorboard_dir --threads --trainable_ensemble --use-valid --val_workers --valid_size --wd
 --weight-decay --workers -h -p
 """
@@ -31,8 +36,9 @@ DEFAULTS = dict(
     result_dir=None, tensorboard_dir=None, resume=False, checkpoint=None, seed=0, device="auto", gpu="0", threads=None,
     deterministic=False, print_freq=10, on_nan="stop",
     dataset="cifar100", data_root="data", image_size=32, num_classes=100, use_valid=False,
-    valid_size=5000, workers=4, val_workers=1, arch="msdnet_ge", nBlocks=1, base=4, step=1, stepmode="even",
-    nChannels=32, growthRate=6, grFactor=[1, 2, 4], bnFactor=[1, 2, 4], bottleneck=True, prune="max", reduction=0.5,
+    valid_size=5000, workers=4, val_workers=1, decoder="pillow", skip_unreadable=False,
+    arch="msdnet_ge", nBlocks=1, base=4, step=1, stepmode="even", nChannels=32, growthRate=6,
+    grFactor=[1, 2, 4], bnFactor=[1, 2, 4], bottleneck=True, prune="max", reduction=0.5,
     block_step=2, scale_list=[1, 2, 3], compress_factor=0.25, bnAfter=True, method="boost", ensemble_reweight=[0.5],
     trainable_ensemble=False, loss_equal=False, epochs=300, start_epoch=0, batch_size=64, optimizer="sgd", lr_f=0.1,
     lr_type="multistep", lr_milestones=[100, 200], decay_rate=0.1, momentum=0.9, weight_decay=[1e-4],
@@ -82,6 +88,9 @@ MISTAKES = [
     # Data.
     ("--dataset folder --image_size 64", "--image_size"),
     ("--dataset cifar100 --image_size 224", "--image_size"),
+    ("--dataset imagenet --decoder nvjpeg", "--decoder"),
+    ("--dataset cifar100 --decoder torchcodec", "--decoder"),
+    ("--dataset folder --skip_unreadable", "--skip_unreadable"),
     ("--valid_size 100", "--valid_size"),
     ("--use-valid --valid_size 50000", "--valid_size"),
     ("--dataset glyphs --use-valid --valid_size 20000", "--valid_size"),
@@ -133,6 +142,7 @@ MISTAKES = [
     ("--budget 40e6 --sweep released", "--budget"),
     ("--evalmode anytime --budget 40e6", "--budget"),
     ("--evalmode anytime --sweep released", "--sweep"),
+    ("--evalmode anytime --flat_curve", "--flat_curve"),
     ("--sweep mine", "--sweep"),
     *((f"{flag}=0", flag) for flag in (
         "--nBlocks --base --step --nChannels --growthRate --grFactor --bnFactor --block-step --scale-list --epochs "
@@ -263,6 +273,7 @@ def test_a_script_can_limit_the_data_sets_and_has_the_first_as_default(capsys):
 def test_a_budget_or_sweep_alone_means_dynamic_evaluation():
     assert parse_args(["--budget", "40e6"]).evalmode == "dynamic"
     assert parse_args(["--sweep", "released"]).evalmode == "dynamic"
+    assert parse_args(["--flat_curve"]).evalmode == "dynamic"
 
 
 def test_an_evaluation_is_not_held_to_defaults_that_its_file_replaces():
@@ -285,20 +296,59 @@ def test_importing_args_parses_nothing_and_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 0
 
 
-WORDS = st.one_of(
-    st.sampled_from(FLAGS.split()),
-    st.sampled_from("0 1 -1 1-2-4 0.5 1,2 nan -inf ranet cifar10 folder true =".split()),
-    st.text(max_size=8),
+def parsed(words: list[str]):
+    """What parse_args makes of the words; None where it refuses them, which has to be with exit code 2 and one line."""
+    error = io.StringIO()
+    with redirect_stderr(error), redirect_stdout(io.StringIO()):
+        try:
+            return parse_args(words)
+        except SystemExit as ended:
+            if ended.code == 0 and any(word.startswith(("-h", "--help")) for word in words):
+                return None
+            assert ended.code == 2 and len(error.getvalue().splitlines()) == 1, error.getvalue()
+
+
+VALUES = st.one_of(
+    st.sampled_from("0 1 2 3 -1 1-2-4 1-1-1 4-2-1 1-2-4-4 0.5 1,2 0.1,0.2,0.3 1e-4 1e400 nan -inf true max boost".split()),
+    st.sampled_from("ranet ranet_ge msdnet cifar10 imagenet folder adam cosine lin_grow dynamic skip = - -- , 1- a/b".split()),
+    st.integers().map(str), st.floats().map(str), st.text(max_size=8),
 )
+WORDS = st.one_of(st.sampled_from(FLAGS.split()), VALUES)
+FLAGS_WITH_VALUES = st.lists(st.tuples(st.sampled_from(FLAGS.split()), VALUES).map("=".join), max_size=6)
 
 
 @settings(deadline=None)
-@given(st.lists(WORDS, max_size=8))
-def test_any_list_of_words_is_parsed_or_refused_with_an_exit_code(words):
-    try:
-        args = parse_args(words)
-    except SystemExit as ended:
-        asked_for_help = any(word.startswith(("-h", "--help")) for word in words)
-        assert ended.code == 2 or (ended.code == 0 and asked_for_help)
-    else:
-        assert set(vars(args)) == {*DEFAULTS, "explicit"}
+@given(st.lists(WORDS, max_size=8) | FLAGS_WITH_VALUES)
+def test_any_list_of_words_is_parsed_or_refused_with_one_line(words):
+    args = parsed(words)
+    assert args is None or set(vars(args)) == {*DEFAULTS, "explicit"}
+
+
+def small(*values: int):
+    return st.sampled_from(values).map(str)
+
+
+PER_SCALE = st.lists(st.integers(0, 4), min_size=1, max_size=5).map(lambda values: "-".join(map(str, values)))
+NETWORKS = st.fixed_dictionaries({"--dataset": st.sampled_from(["cifar10", "imagenet"])}, optional={
+    "--arch": st.sampled_from(["msdnet", "msdnet_ge", "ranet", "ranet_ge"]), "--nBlocks": small(1, 2, 3),
+    "--base": small(1, 2, 5), "--step": small(1, 2, 3), "--stepmode": st.sampled_from(["even", "lin_grow"]),
+    "--nChannels": small(1, 2, 3, 8),
+    "--growthRate": small(1, 2, 3), "--grFactor": PER_SCALE, "--bnFactor": PER_SCALE, "--prune": st.sampled_from(["max", "min"]),
+    "--bottleneck": st.sampled_from(["true", "false"]), "--reduction": st.sampled_from(["0.01", "0.5", "1"]),
+    "--block-step": small(1, 2), "--scale-list": PER_SCALE, "--compress-factor": st.sampled_from(["0.01", "0.5", "0.99"]),
+    "--ensemble_reweight": st.sampled_from(["0.5", "0.1,0.2", "0.1,0.2,0.3"])})
+
+
+@settings(deadline=None, max_examples=50)
+@given(NETWORKS)
+def test_flags_that_are_accepted_make_a_network_that_runs_or_are_refused_with_a_reason(flags):
+    args = parsed([word for pair in flags.items() for word in pair])
+    if args is not None:
+        try:
+            model = build_model(args)
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            with torch.device("meta"):   # shapes only
+                predictions = model.to("meta").eval()(torch.empty(2, 3, args.image_size, args.image_size))
+            assert [p.shape for p in predictions] == [(2, args.num_classes)] * model.n_exits

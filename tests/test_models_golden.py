@@ -2,11 +2,12 @@
 import golden
 import pytest
 import torch
-import torch.nn.functional as F
 
 from args import parse_args
 from models import BoostedNet, build_backbone
 from op_counter import measure_model
+from utils.objective import ExitLosses
+from utils.optim import build_optimizer
 
 MODELS = ["msdnet_cifar100_anytime", "msdnet_ge_cifar100_anytime", "msdnet_ge_cifar100_batch_base4",
           "msdnet_ge_cifar100_batch_base8", "msdnet_ge_imagenet_step4", "ranet_cifar100_anytime", "ranet_cifar100_batch_model1"]
@@ -53,20 +54,20 @@ def test_training_losses_gradients_and_sgd_steps(case, method):
     x = golden.images(stored["batch"], reference["input_hw"])
     y = golden.targets(stored["batch"], reference["num_classes"])
     assert y.tolist() == stored["targets"]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    objective = ExitLosses()
+    optimizer = build_optimizer(backbone, name="sgd", lr=0.1, momentum=0.9, weight_decay=[1e-4])
 
     total_losses = []
     steps = len(want.get("sgd_total_losses") or [None])
     for step in range(steps):
         optimizer.zero_grad(set_to_none=True)
-        losses = [F.cross_entropy(prediction, y) for prediction in model(x)]
-        loss = sum(losses)
-        total_losses.append(loss.item())
+        loss = objective(model(x), y)
+        total_losses.append(loss.total.item())
         if step == 0:
-            assert [v.item() for v in losses] == pytest.approx(want["exit_losses"], rel=1e-9)
-            assert loss.item() == pytest.approx(want["total_loss"], rel=1e-9)
+            assert loss.per_sample.mean(dim=1).tolist() == pytest.approx(want["exit_losses"], rel=1e-9)
+            assert loss.total.item() == pytest.approx(want["total_loss"], rel=1e-9)
         if step < max(steps - 1, 1):
-            loss.backward()
+            loss.total.backward()
         if step == 0:
             _assert_gradients(backbone, want["grads"], noise=_biases_before_normalisation(backbone))
             buffers = want["bn_buffers_after_first_forward"]

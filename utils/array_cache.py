@@ -12,12 +12,12 @@ import numpy as np
 
 from utils.files import atomic_write
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("boostnet")
 
 
 def user_cache_folder() -> Path:
     """Where caches go that cannot lie beside the data: $XDG_CACHE_HOME/boostnet, by default ~/.cache/boostnet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "boostnet"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "boostnet"
 
 
 def load_or_build(places: list[Path], key: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -82,7 +82,7 @@ def compare(lines: Sequence[dict[str, Any]], earlier: Sequence[dict[str, Any]], 
             continue
         ratio = line["median"] / before[-1]["median"]
         # Times should not grow, rates such as images/s should not fall.
-        worse = ratio > 1 + tolerance if line["unit"] in ("s", "ms") else ratio < 1 / (1 + tolerance)
+        worse = ratio > 1 + tolerance if line["unit"] in ("s", "ms", "%") else ratio < 1 / (1 + tolerance)
         slower |= worse
         print(f"{line['name']}: {ratio:.2f} of the earlier median{', SLOWER' if worse else ''}")
     return 1 if slower else 0

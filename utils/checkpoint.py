@@ -5,9 +5,12 @@ method, temperatures, class names, hold-out split. `model_latest.pth` also holds
 """
 from __future__ import annotations
 
+import logging
 import os
 import pickle
+import shutil
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +21,73 @@ from utils.errors import UserError
 from utils.files import atomic_write
 
 FORMAT = 1
-LATEST, BEST, PREVIOUS = "model_latest.pth", "model_best.pth", "model_previous.pth"
+LATEST, BEST, PREVIOUS, DAMAGED = "model_latest.pth", "model_best.pth", "model_previous.pth", "model_damaged.pth"
+
+# What is beside the weights in a checkpoint of this project, and under `training` in one that a run can go on from.
+CONTENT = {"architecture": dict, "dataset": str, "class_names": list, "method": str, "temperatures": list,
+           "trainable_ensemble": bool, "split": (dict, type(None)), "epoch": int, "epoch_kind": str}
+TRAINING = {"optimizer": dict, "scheduler": dict, "objective": dict, "figures": dict, "best": dict, "history": list,
+            "rng": dict, "config": dict, "n_train": int, "labels_hash": str, "processes": int}
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` (tensors and plain types) so that `path` is replaced in one step or not at all."""
+    """Write `content` (tensors and plain types) so that `path` is replaced in one step or not at all.
+
+    Raises:
+        OSError: with the path and the reason, when it cannot be written.
+    """
     with atomic_write(path) as file:
         torch.save({"format": FORMAT, **content}, file)
 
 
 def save_latest(folder: Path, content: dict[str, Any]) -> None:
     """Replace the latest checkpoint of a run and keep the one before it until the next save."""
-    latest, previous = folder / LATEST, folder / PREVIOUS
-    if latest.exists():
-        # A second name for the same file: at no moment is there a folder without a good checkpoint.
-        link = previous.with_name(f"{previous.name}.tmp.{os.getpid()}")
-        link.unlink(missing_ok=True)
+    latest = folder / LATEST
+    with atomic_write(latest) as file:
+        torch.save({"format": FORMAT, **content}, file)
+        if latest.exists():   # only now: what fails to be written costs neither of the two
+            _keep(latest, folder / PREVIOUS)
+
+
+def _keep(latest: Path, previous: Path) -> None:
+    # A second name for the same file: at no moment is there a folder without a good checkpoint.
+    link = previous.with_name(f"{previous.name}.tmp.{os.getpid()}")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(latest, link)
+        os.replace(link, previous)
+    except OSError:   # no hard links on this file system
+        with open(latest, "rb") as source, atomic_write(previous) as file:
+            shutil.copyfileobj(source, file)
+
+
+def load_latest(folder: Path) -> dict[str, Any] | None:
+    """The newest good checkpoint that the run in `folder` can go on from; None where there is none at all.
+
+    A latest checkpoint that is not good is set aside, and the log says so.
+
+    Raises:
+        UserError: when there are checkpoints, but no good one.
+    """
+    problems = []
+    for path in (folder / LATEST, folder / PREVIOUS):
+        if not path.exists():
+            continue
         try:
-            os.link(latest, link)
-            os.replace(link, previous)
-        except OSError:   # no hard links on this file system
-            previous.write_bytes(latest.read_bytes())
-    save(latest, content)
+            content = load(path)
+            _check(content.get("training", {}), TRAINING, f"{path} cannot be resumed, though it may be evaluated")
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            # Out of the way of the next save, which would make it the previous one and so lose the good one.
+            with suppress(FileNotFoundError):   # another process of the same run was faster
+                os.replace(folder / LATEST, folder / DAMAGED)
+            logging.getLogger("boostnet").warning("%s; kept as %s, going on from %s", problems[0], DAMAGED, path.name)
+        return content
+    if problems:
+        raise UserError("; ".join(problems))
+    return None
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -61,22 +109,36 @@ def load(path: str | Path) -> dict[str, Any]:
         weights = weights["model"]
     if not isinstance(weights, dict) or not weights or not all(isinstance(t, Tensor) for t in weights.values()):
         raise UserError(f"{path} is not a checkpoint: expected a dict with the weights under 'state_dict'")
+    if content.get("format", FORMAT) != FORMAT:
+        raise UserError(f"{path} has format {content['format']}, this version reads format {FORMAT}; use the version it is from")
+    if "format" in content or "architecture" in content:   # the released files say nothing about themselves
+        _check(content, CONTENT, f"{path} is not a checkpoint of this project")
     return {**content, "state_dict": {name.removeprefix("module."): t for name, t in weights.items()}}
+
+
+def _check(content: Any, expected: dict[str, Any], complaint: str) -> None:
+    if not isinstance(content, dict):
+        raise UserError(f"{complaint}: expected a dict, got {type(content).__name__}")
+    for name, kind in expected.items():
+        if not isinstance(content.get(name, ...), kind):
+            found = type(content[name]).__name__ if name in content else "missing"
+            raise UserError(f"{complaint}: its entry {name!r} is {found}")
 
 
 def _read(path: Path) -> Any:
     if zipfile.is_zipfile(path):   # torch.load does not verify the checksums of its own format
-        with zipfile.ZipFile(path) as archive:
-            try:
+        try:
+            with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
-            except Exception as error:
-                raise UserError(f"{path} is damaged: {error}") from error
+        except Exception as error:   # whatever the damage makes of the table of contents
+            raise UserError(f"{path} is damaged: {error}") from error
         if damaged:
             raise UserError(f"{path} is damaged: the checksum of {damaged} does not fit")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: it holds more than tensors and plain values, which could run code ({_unsafe(path)})") from error
+        raise UserError(f"{path} is refused: it holds more than tensors and plain values, which could run code "
+                        f"({_unsafe(path)})") from error
     except Exception as error:   # torch.load raises a dozen kinds on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
@@ -102,6 +164,8 @@ def load_weights(backbone: nn.Module, weights: dict[str, Tensor], source: str | 
         if weights[name].shape != tensor.shape:
             raise UserError(f"{source} does not fit this architecture: {name} has shape {list(weights[name].shape)}, "
                             f"expected {list(tensor.shape)}")
+        if not weights[name].isfinite().all():
+            raise UserError(f"{source} has NaN or infinite weights in {name}")
     extra = [name for name in weights if name not in own]
     if extra:
         raise UserError(f"{source} does not fit this architecture: it has {extra[0]}, which this network has not")

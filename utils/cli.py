@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
+from utils.errors import let_first_speak
+
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse that answers a mistake with one line and exit code 2: a long usage listing would bury the message."""
 
     def error(self, message: str) -> NoReturn:
         one_line = " ".join(message.split())
+        let_first_speak()
         self.exit(2, f"{self.prog}: error: {one_line} (see {self.prog} --help)\n")
 
     def spelling(self, dest: str) -> str:

@@ -1,18 +1,16 @@
 """One epoch of training and one pass of evaluation; both keep their figures on the device until they are asked for."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from utils.distributed import sum_over_ranks
-from utils.objective import ExitLosses, valid_share
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a finite number."""
+from utils.distributed import any_rank, gather_samples, of_all_ranks, rank, sum_over_ranks
+from utils.errors import TrainingDiverged
+from utils.objective import ExitLosses, Loss, valid_share
 
 
 class EpochFigures:
@@ -21,13 +19,15 @@ class EpochFigures:
     Attributes:
         sums: (3, n_exits) float64: loss, correct predictions, valid samples (paper, fig. 3).
         first_bad: (n_exits,) int64: step at which the exit's loss first was NaN or infinite, -1 for never.
-        samples, steps: counted so far, on the host.
+        samples, steps, skipped: counted so far, on the host; a skipped step is a step without samples.
+        seconds: spent on them.
     """
 
     def __init__(self, n_exits: int, device: torch.device) -> None:
         self.sums = torch.zeros(3, n_exits, dtype=torch.float64, device=device)
         self.first_bad = torch.full((n_exits,), -1, dtype=torch.int64, device=device)
-        self.samples = self.steps = 0
+        self.samples = self.steps = self.skipped = 0
+        self.seconds = 0.0
 
     @torch.no_grad()
     def add(self, predictions: list[Tensor], labels: Tensor, per_sample: Tensor) -> None:
@@ -38,6 +38,11 @@ class EpochFigures:
         self.sums += torch.stack([loss, correct.double(), valid_share(per_sample).double() * size])
         self.first_bad = torch.where((self.first_bad < 0) & ~loss.isfinite(), self.steps, self.first_bad)
         self.samples += size
+        self.steps += 1
+
+    def skip(self) -> None:
+        """Count a step that was left out."""
+        self.skipped += 1
         self.steps += 1
 
     def check(self, epoch: int, lr: float) -> None:
@@ -56,16 +61,52 @@ class EpochFigures:
         return {"train_loss": loss.tolist(), "train_top1": (100 * top1).tolist(), "valid_share": valid.tolist()}
 
     def state_dict(self) -> dict:
-        return {"sums": self.sums, "first_bad": self.first_bad, "samples": self.samples, "steps": self.steps}
+        """Sums of each process, which all have to call this; the rest is the same in all of them."""
+        samples = torch.tensor(self.samples, device=self.sums.device)
+        return {"sums": of_all_ranks(self.sums), "first_bad": of_all_ranks(self.first_bad),
+                "samples": of_all_ranks(samples).tolist(), "steps": self.steps, "skipped": self.skipped, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict) -> None:
-        self.sums.copy_(state["sums"])
-        self.first_bad.copy_(state["first_bad"])
-        self.samples, self.steps = state["samples"], state["steps"]
+        self.sums.copy_(state["sums"][rank()])
+        self.first_bad.copy_(state["first_bad"][rank()])
+        self.samples, self.steps, self.skipped = state["samples"][rank()], state["steps"], state["skipped"]
+        self.seconds = state["seconds"]
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether no tensor has a NaN or an infinite number, as a bool tensor on their device."""
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    return torch.nn.utils.get_total_norm(floats, norm_type=math.inf).isfinite()
+
+
+class BadSteps:
+    """Finds steps whose loss or gradient is not finite, and takes back what their forward pass changed.
+
+    Finding them waits for the device in every step.
+    """
+
+    def __init__(self, model: nn.Module, objective: ExitLosses) -> None:
+        self.objective = objective
+        self.parameters, self.buffers = list(model.parameters()), list(model.buffers())
+
+    def before_forward(self) -> None:
+        self.buffers_before = [buffer.clone() for buffer in self.buffers]
+        self.average_before = self.objective.average   # a new tensor in every step
+
+    def found(self, loss: Loss) -> bool:
+        """Whether this step is bad on any rank; to be called after the backward pass."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return any_rank(not (loss.per_sample.isfinite().all() & all_finite(gradients)))
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        for buffer, before in zip(self.buffers, self.buffers_before):
+            buffer.copy_(before)
+        self.objective.average = self.average_before
 
 
 def train_epoch(model: nn.Module, objective: ExitLosses, batches: Iterable, optimizer: torch.optim.Optimizer,
-                figures: EpochFigures, *, after_step: Callable[[int], bool]) -> bool:
+                figures: EpochFigures, *, after_step: Callable[[int], bool], skip_bad: bool = False) -> bool:
     """Train on every batch.
 
     Args:
@@ -73,17 +114,25 @@ def train_epoch(model: nn.Module, objective: ExitLosses, batches: Iterable, opti
         batches: of (images (B, 3, H, W), labels (B,), share), on the device.
         figures: is added to.
         after_step: called with the number of steps done in this epoch; returns True to stop before the next one.
+        skip_bad: leave out steps whose loss or gradient is not finite.
     Returns:
         Whether the epoch is complete.
     """
     model.train()
+    bad_steps = BadSteps(model, objective) if skip_bad else None
     for images, labels, share in batches:
+        if bad_steps:
+            bad_steps.before_forward()
         predictions = model(images)
         loss = objective(predictions, labels, share)
         optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
-        optimizer.step()
-        figures.add(predictions, labels, loss.per_sample)
+        if bad_steps and bad_steps.found(loss):
+            bad_steps.undo()
+            figures.skip()
+        else:
+            optimizer.step()
+            figures.add(predictions, labels, loss.per_sample)
         if after_step(figures.steps):
             return False
     return True
@@ -110,16 +159,20 @@ class Predictions(NamedTuple):
 
 @torch.inference_mode()
 def predict(model: nn.Module, batches) -> Predictions:
-    """Evaluate every exit on every sample of `batches`; results are on the CPU, in the order of the batches."""
+    """Evaluate every exit on every sample of `batches`, each process its part; all get the whole, on the CPU, in file order."""
     was_training = model.training
     model.eval()
-    confidence, correct, top5 = [], [], 0
+    n_exits, device = model.n_exits, next(model.parameters()).device
+    confidence, correct = [torch.empty(n_exits, 0, device=device)], [torch.empty(n_exits, 0, dtype=torch.bool, device=device)]
+    top5 = torch.zeros(n_exits, dtype=torch.int64, device=device)
     for images, labels, _ in batches:
         all_logits = torch.stack([p.float() for p in model(images)])
         confidence.append(all_logits.softmax(dim=2).amax(dim=2))
         correct.append(all_logits.argmax(dim=2) == labels)
         k = min(5, all_logits.shape[2])
-        top5 = top5 + (all_logits.topk(k, dim=2).indices == labels[:, None]).any(dim=2).sum(dim=1)
+        top5 += (all_logits.topk(k, dim=2).indices == labels[:, None]).any(dim=2).sum(dim=1)
     model.train(was_training)
-    confidence, correct = torch.cat(confidence, dim=1).cpu(), torch.cat(correct, dim=1).cpu()
-    return Predictions(confidence, correct, 100 * top5.double().cpu() / confidence.shape[1])
+    confidence, correct = torch.cat(confidence, dim=1), torch.cat(correct, dim=1)
+    index = batches.index[:confidence.shape[1]]   # images left out as unreadable shift the order, not the figures
+    confidence, correct = gather_samples(confidence, index).cpu(), gather_samples(correct.byte(), index).bool().cpu()
+    return Predictions(confidence, correct, 100 * sum_over_ranks(top5).double().cpu() / confidence.shape[1])

@@ -1,26 +1,61 @@
-"""The one exception a user's mistake raises; entry scripts print it as one line and exit with code 2."""
+"""The exceptions that end a program with one line instead of a traceback, and the exit codes that go with them."""
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# Exit codes: a user's mistake, a failure while running, Ctrl-C, and a run that a signal stopped in good order (EX_TEMPFAIL).
+MISTAKE, FAILURE, INTERRUPTED, STOPPED = 2, 1, 130, 75
+
+
+# Seconds that a process waits with its error for the error of another one.
+GRACE_S = 5
 
 
 class UserError(ValueError):
     """A wrong flag, file or folder: the message says what was found, what was expected and how to put it right."""
 
 
+class TrainingDiverged(RuntimeError):
+    """A loss or a weight is no longer a finite number."""
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn UserError and FileNotFoundError into one line on stderr and exit code 2; everything else is a bug and shows."""
+    """Turn what users and machines do wrong into one line on stderr and an exit code; everything else is a bug and shows."""
     try:
         yield
     except (UserError, FileNotFoundError) as error:
         sys.exit(fail(error))
+    except (TrainingDiverged, OSError) as error:   # of the system's errors: a full disk, no permission, too many open files
+        sys.exit(fail(error, FAILURE))
+    except KeyboardInterrupt:
+        sys.exit(fail("interrupted", INTERRUPTED))
 
 
-def fail(error: Exception) -> int:
-    """Print an error as one line and return the exit code for a user's mistake."""
+def let_others_speak() -> None:
+    """In one of several processes: wait, for an error that most likely is another one's as well, or its consequence.
+
+    When that one has said so and left, torchrun ends this process; the user then reads it once, not once per process.
+    """
+    if "RANK" in os.environ:
+        time.sleep(GRACE_S)
+
+
+def let_first_speak() -> None:
+    """`let_others_speak` in all processes but the first."""
+    if os.environ.get("RANK") != "0":
+        let_others_speak()
+
+
+def fail(error: Exception | str, code: int = MISTAKE) -> int:
+    """Print an error as one line and return the exit code."""
+    if isinstance(error, OSError) and error.strerror:
+        error = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    let_first_speak()
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+    return code

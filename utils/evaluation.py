@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from adaptive_inference import budget_curve, released_curve, solve_exit_rate
+from adaptive_inference import budget_curve, flatten, released_curve, solve_exit_rate
 from models import BoostedNet
 from op_counter import measure_model
+from utils import distributed
 from utils.engine import predict
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.restore import restore
+from utils.restore import identify, restore
 from utils.run import write_json
 from utils.tables import format_table, millions
 
@@ -28,11 +29,15 @@ def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torc
     Raises:
         UserError: when weights and architecture differ, a budget is out of range, or thresholds lack a hold-out.
     """
+    if saved.get("class_names", data.class_names) != data.class_names:
+        raise UserError(f"{args.evaluate_from} was trained on other classes than those of {args.data_root}; evaluate it with the "
+                        "data set it was trained on")
     args.num_classes = args.num_classes or data.num_classes
     model = restore(args, saved).to(device)
     folder = Path(args.result_dir or Path(args.evaluate_from).parent)
-    folder.mkdir(parents=True, exist_ok=True)
-    about = header(saved, folder, model, data)
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+    about = header(identify(args) | saved, folder, model, data)   # a released checkpoint says nothing about itself
     if args.evalmode == "dynamic":
         evaluate_budgeted(model, data, folder, about=about, budgets=args.budget, released=args.sweep == "released",
                           flat=args.flat_curve, suffix=args.save_suffix)
@@ -44,8 +49,8 @@ def header(saved: dict[str, Any], folder: Path, model: BoostedNet, data) -> dict
     """What every result file says about the network it is of; `saved` is the content of its checkpoint."""
     macs, params = measure_model(model, data.image_size, data.image_size)
     split = saved.get("split")
-    return {"format": 1, "name": folder.resolve().name, "dataset": saved.get("dataset"), "method": saved.get("method"),
-            "arch": saved.get("architecture", {}).get("arch"), "config": saved.get("architecture"),
+    return {"format": 1, "name": folder.resolve().name, "dataset": saved["dataset"], "method": saved["method"],
+            "arch": saved["architecture"]["arch"], "config": saved["architecture"],
             "temperatures": list(model.temperatures), "epoch": saved.get("epoch"), "epoch_kind": saved.get("epoch_kind"),
             "split_hash": split["hash"] if split else None, "n_valid": data.n_valid, "n_test": data.n_test, "macs": macs,
             "params": params}
@@ -62,6 +67,8 @@ def evaluate_anytime(model: BoostedNet, data, folder: Path, *, about: dict[str, 
     """
     test = predict(model, data.test())
     result = {**about, "top1": test.top1, "top5": test.top5.tolist()}
+    if not distributed.is_main():
+        return result
     rows = list(zip(about["macs"], about["params"], result["top1"], result["top5"], strict=True))
     print(format_table(["exit", "10^6 MACs", "10^6 params", "top-1 %", "top-5 %"],
                        [[n + 1, millions(macs), f"{params / 1e6:.3f}", f"{top1:.2f}", f"{top5:.2f}"]
@@ -89,17 +96,22 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
         UserError: without a hold-out, or for a budget out of range.
     """
     if not data.n_valid:
-        raise UserError("budgeted evaluation fits its thresholds on held-out training images, and this network was trained on "
-                        "all of them; train with --use-valid")
+        raise UserError("budgeted evaluation fits its thresholds on held-out training images, and this checkpoint knows of none; "
+                        "train with --use-valid")
     macs = about["macs"]
     for budget in budgets or []:   # a budget out of range is refused before the network runs
         solve_exit_rate(macs, budget)
     valid, test = predict(model, data.valid()), predict(model, data.test())
     arrays = (valid.confidence, valid.correct, test.confidence, test.correct, macs)
-    points = released_curve(*arrays, flat=flat) if released else budget_curve(*arrays, budgets, flat=flat)
+    fitted = released_curve(*arrays, flat=flat) if released else budget_curve(*arrays, budgets)
+    points = flatten(fitted) if flat and not released else fitted
     result = {**about, "family": "released" if released else "eq9", "flat": flat,
               "points": [{**point, "thresholds": _finite(point["thresholds"])} for point in points]}
+    if not distributed.is_main():
+        return result
     _print_budgeted(result, data)
+    if not released:
+        _warn_of_missed_budgets(fitted, data.n_valid)
     name = f"dynamic{'_flat' if flat else ''}{suffix}"
     _write_columns(folder / f"{name}.txt", [(point["test_mean_macs"], point["test_top1"]) for point in points])
     _write_costs(folder, macs)
@@ -125,21 +137,19 @@ def _print_budgeted(result: dict[str, Any], data) -> None:
                         "test exits, %"], rows,
                        title=f"\nBudgeted batch, {family}{', flat curve' if result['flat'] else ''}: {_describe(result)}\n"
                              f"thresholds from {data.n_valid} held-out images, {data.n_test} test images, 10^6 MACs per image"))
-    if result["flat"]:
-        return   # a flat curve spends less than its budget on purpose
-    missed = [point for point in result["points"]
-              if not released and abs(point["valid_mean_macs"] / point["budget"] - 1) > MISSED_BUDGET]
-    for point in missed:
-        print(f"warning: budget {millions(point['budget'])}: the hold-out spends {millions(point['valid_mean_macs'])} "
-              f"({100 * (point['valid_mean_macs'] / point['budget'] - 1):+.1f} %); {data.n_valid} images or equal confidences "
-              "do not divide more finely")
+
+
+def _warn_of_missed_budgets(points: Sequence[dict[str, Any]], n_valid: int) -> None:
+    # Of the points as they were fitted: a flat curve spends less than its budget on purpose.
+    misses = {point["budget"]: point["valid_mean_macs"] / point["budget"] - 1 for point in points}
+    missed = [f"{millions(budget)} ({100 * miss:+.1f} %)" for budget, miss in misses.items() if abs(miss) > MISSED_BUDGET]
+    if missed:
+        print(f"warning: thresholds from {n_valid} held-out images do not meet these budgets more closely: {', '.join(missed)}")
 
 
 def _describe(about: dict[str, Any]) -> str:
-    parts = [about["arch"] or "network", about["method"] or "", about["dataset"] or ""]
-    if about["epoch"]:
-        parts.append(f"epoch {about['epoch']} ({about['epoch_kind']})")
-    return " ".join(part for part in parts if part)
+    described = f"{about['arch']} {about['method']} {about['dataset']}"
+    return f"{described} epoch {about['epoch']} ({about['epoch_kind']})" if about["epoch"] else described
 
 
 def _write_columns(path: Path, rows: Sequence[Sequence[float]]) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,6 +13,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a binary file beside `path` that takes its place only when the block ends without an error.
 
     The data reach the disk before the name does, so a killed process or a full disk leaves the old file as it was.
+
+    Raises:
+        OSError: with `path` and the reason, when it cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
@@ -22,5 +25,29 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except Exception as error:
+        reason = error if isinstance(error, OSError) else error.__context__   # torch.save covers up what the disk said
+        if not isinstance(reason, OSError) or not reason.errno:
+            raise
+        raise OSError(reason.errno, f"cannot be written: {reason.strerror}", str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):   # never in place of the error that matters
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a new name to the disk as well; some file systems cannot, and say so with an error."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written in `folder`."""
+    for temporary in folder.glob("*.tmp.*"):
+        if temporary.suffix[1:].isdigit():
+            temporary.unlink(missing_ok=True)

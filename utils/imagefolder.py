@@ -21,7 +21,7 @@ from utils.listing import Listing
 from utils.sampling import Plan
 from utils.signals import leave_signals_to_parent
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("boostnet")
 
 
 class Crops(NamedTuple):

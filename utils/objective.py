@@ -51,8 +51,8 @@ class ExitLosses:
     def state_dict(self) -> dict:
         return {"average": self.average}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.average = state["average"]
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        self.average = None if state["average"] is None else state["average"].to(device)
 
 
 def valid_share(per_sample: Tensor) -> Tensor:

@@ -16,10 +16,14 @@ ARCHITECTURE = ("arch", "nBlocks", "base", "step", "stepmode", "nChannels", "gro
                 "reduction", "bottleneck", "block_step", "scale_list", "compress_factor", "num_classes", "image_size")
 
 
+def identify(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say about a network: the beginning of a checkpoint, and all there is to say of a released one."""
+    return {"architecture": {name: getattr(args, name) for name in ARCHITECTURE}, "dataset": args.dataset, "method": args.method}
+
+
 def describe(args: argparse.Namespace, model: BoostedNet, data) -> dict[str, Any]:
     """What a checkpoint says about its network besides the weights."""
-    return {"architecture": {name: getattr(args, name) for name in ARCHITECTURE}, "dataset": args.dataset,
-            "class_names": list(data.class_names), "method": args.method, "temperatures": list(model.temperatures),
+    return {**identify(args), "class_names": list(data.class_names), "temperatures": list(model.temperatures),
             "trainable_ensemble": args.trainable_ensemble, "split": data.split.to_dict() if data.split else None,
             "seed": args.seed}
 
@@ -34,22 +38,28 @@ def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
     """
     if "architecture" not in saved:
         return None
+    split = Split.from_dict(saved["split"]) if saved["split"] else None
     stored = {**saved["architecture"], "dataset": saved["dataset"], "method": saved["method"],
               "trainable_ensemble": saved["trainable_ensemble"]}
+    if split:
+        stored |= {"seed": split.seed, "valid_size": len(split.valid_index)}
     for name, value in stored.items():
         if name in args.explicit and getattr(args, name) != value:
             raise UserError(f"{args.evaluate_from} was trained with {name} {_show(value)}, but the command line says "
                             f"{_show(getattr(args, name))}; leave that flag out")
         setattr(args, name, value)
     _take_over_temperatures(args, saved["temperatures"])
-    if args.use_valid and saved["split"] is None:
+    if args.use_valid and split is None:
         raise UserError(f"{args.evaluate_from} was trained on all training images; --use-valid does not fit it")
-    return Split.from_dict(saved["split"]) if saved["split"] else None
+    return split
 
 
 def _take_over_temperatures(args: argparse.Namespace, stored: list[float]) -> None:
     if "ensemble_reweight" in args.explicit and args.method != "joint":   # the baseline has no use for the flag
-        given = expand_temperatures(args.ensemble_reweight, len(stored))
+        try:
+            given = expand_temperatures(args.ensemble_reweight, len(stored))
+        except ValueError as error:
+            raise UserError(str(error)) from error
         if not all(math.isclose(a, b, abs_tol=1e-12) for a, b in zip(given[1:], stored[1:])):
             raise UserError(f"{args.evaluate_from} was trained with temperatures {_show(stored)}, but --ensemble_reweight says "
                             f"{_show(given)}; leave that flag out")

@@ -1,6 +1,7 @@
 """Seeding of every random generator, and their state as plain types that a checkpoint can hold."""
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
@@ -12,6 +13,15 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def make_deterministic() -> None:
+    """Have CUDA give the same bits in every run, at some cost in speed. Call it before CUDA's first matrix product."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False   # a search for bugs, which costs time
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def rng_state() -> dict:

@@ -6,15 +6,18 @@ import logging
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from utils import distributed
-from utils.checkpoint import LATEST
+from utils.checkpoint import LATEST, PREVIOUS, load_latest
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, sweep
+from utils.lock import locked
 from utils.split import Split
 
 RESULTS, SPLIT = "results.json", "split.pth"
@@ -56,34 +59,52 @@ class Run:
             self._writer.close()
 
 
-def saved_split(folder: str, resume: bool) -> Split | None:
-    """Hold-out split of the run that is resumed in `folder`; None where a new run starts.
+@contextmanager
+def claim(folder: str) -> Iterator[None]:
+    """Make the folder of a run, keep other runs out of it while the block runs, tidy it up and open its log.
 
     Raises:
-        UserError: when the folder holds a run already and `resume` is off.
+        UserError: when the folder cannot be written, or belongs to a run that is still going on.
+    """
+    with ExitStack() as stack:
+        if distributed.is_main():
+            path = Path(folder)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(path))
+                sweep(path)
+                open_log(path / "train.log")
+            except OSError as error:
+                raise UserError(f"--result_dir {path} cannot be written: {error.strerror}") from error
+            stack.callback(close_log)
+        yield
+
+
+def find_run(folder: str, resume: bool) -> dict[str, Any] | None:
+    """The checkpoint to go on from in `folder`; None where a new run starts.
+
+    Raises:
+        UserError: when the folder holds a run already and `resume` is off, or no good checkpoint and it is on.
     """
     path = Path(folder)
-    if (path / LATEST).exists() and not resume:
+    if resume:
+        return load_latest(path)
+    if (path / LATEST).exists() or (path / PREVIOUS).exists():
         raise UserError(f"{path} already holds a run; pass --resume to continue it, or another --result_dir")
-    return Split.load(path / SPLIT) if resume and (path / SPLIT).exists() else None
+    return None
+
+
+def stored_split(saved: dict[str, Any] | None) -> Split | None:
+    """Hold-out split of a checkpoint."""
+    return Split.from_dict(saved["split"]) if saved and saved["split"] else None
 
 
 def start_run(folder: str, *, tensorboard_dir: str | None, config: dict[str, Any], split: Split | None,
               device: torch.device) -> Run:
-    """Open a run folder and write down what the run is: log, hold-out split.
-
-    Raises:
-        UserError: when the folder cannot be written.
-    """
+    """Write down what the run in `folder` is."""
     path = Path(folder)
-    if distributed.is_main():
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            open_log(path / "train.log")
-            if split is not None:
-                split.save(path / SPLIT)
-        except OSError as error:
-            raise UserError(f"--result_dir {path} cannot be written: {error.strerror}") from error
+    if distributed.is_main() and split is not None:
+        split.save(path / SPLIT)
     results = {"format": 1, "config": config, "split_hash": split.hash if split else None, "versions": versions(device)}
     return Run(path, tensorboard_dir=Path(tensorboard_dir) if tensorboard_dir else None, results=results)
 
@@ -93,16 +114,22 @@ def open_log(path: Path | None = None) -> None:
     log = logging.getLogger("boostnet")
     log.setLevel(logging.INFO)
     log.propagate = False
-    for handler in list(log.handlers):
-        log.removeHandler(handler)
-        handler.close()
+    close_log()
     terminal = logging.StreamHandler(sys.stdout)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(terminal)
     if path is not None:
         file = logging.FileHandler(path)
+        file.handleError = lambda record: None   # a full disk: the next checkpoint says so, and better
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(file)
+
+
+def close_log() -> None:
+    log = logging.getLogger("boostnet")
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
 
 
 def versions(device: torch.device) -> dict[str, Any]:
@@ -146,7 +173,11 @@ def choose_device(name: str, gpu: str, threads: int | None = None) -> torch.devi
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; pass --device cpu")
     listed = [int(index) for index in gpu.split(",")]
-    index = listed[distributed.local_rank() % len(listed)]
+    processes = distributed.local_world_size()
+    if len(listed) < processes:
+        raise UserError(f"--gpu {gpu} is too few for {processes} processes on this machine; name one device each, such as "
+                        f"--gpu {','.join(map(str, range(processes)))}")
+    index = listed[distributed.local_rank()]
     if index >= torch.cuda.device_count():
         raise UserError(f"--gpu {gpu}: there is no device {index}; torch sees {torch.cuda.device_count()}")
     return torch.device("cuda", index)

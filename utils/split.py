@@ -17,7 +17,11 @@ FORMAT = 1
 
 
 def hash_labels(labels: Tensor) -> str:
-    """SHA-256 (hex) of all labels in file order: a cheap proof that an index list belongs to this very data set."""
+    """SHA-256 (hex) of all labels in file order.
+
+    A cheap check that an index list belongs to a data set. It sees other classes, numbers of images and orders of the
+    classes, not other images under the same labels.
+    """
     return hashlib.sha256(labels.cpu().to(torch.int64).numpy().astype("<i8").tobytes()).hexdigest()
 
 

@@ -11,24 +11,34 @@ from tqdm import tqdm
 
 from models import BoostedNet
 from utils import checkpoint, distributed
-from utils.engine import EpochFigures, predict, train_epoch
+from utils.engine import EpochFigures, all_finite, predict, train_epoch
+from utils.errors import TrainingDiverged, UserError
 from utils.evaluation import evaluate_anytime, header
 from utils.methods import build_model
 from utils.objective import ExitLosses
 from utils.optim import build_optimizer, build_scheduler
 from utils.restore import describe
-from utils.rng import rng_state, seed_all, set_rng_state
+from utils.rng import make_deterministic, rng_state, seed_all, set_rng_state
 from utils.run import Run, plain, start_run
+from utils.signals import StopSignals
 
 
-def prepare(args: argparse.Namespace, data, device: torch.device) -> Trainer:
-    """Everything a training run needs, from the parsed flags and opened data; resumes or loads weights where asked to.
+def prepare(args: argparse.Namespace, data, device: torch.device, saved: dict[str, Any] | None = None) -> Trainer:
+    """Everything a training run needs, from the parsed flags and opened data.
 
+    Args:
+        saved: the checkpoint to go on from, None to start anew.
     Raises:
-        UserError: for flags that fit no network or a folder that cannot be used; nothing has been written then.
+        UserError: for flags that fit no network, or weights or a checkpoint that fit the flags or the data not.
     """
     args.num_classes = data.num_classes
+    place = (saved["epoch"], saved["training"]["figures"]["steps"]) if saved else None
+    if not distributed.same_everywhere(place, data.labels_hash, data.n_train, data.n_valid, data.n_test):
+        raise UserError("the processes of this run see different data or different checkpoints; --data-root must have the same "
+                        "files on all machines, and --result_dir must be a folder that they share")
     seed_all(args.seed)
+    if args.deterministic:
+        make_deterministic()
     model = build_model(args).to(device)
     if args.checkpoint:
         checkpoint.load_weights(model.backbone, checkpoint.load(args.checkpoint)["state_dict"], args.checkpoint)
@@ -40,9 +50,11 @@ def prepare(args: argparse.Namespace, data, device: torch.device) -> Trainer:
                     device=device)
     trainer = Trainer(model, data, run, optimizer=optimizer, scheduler=scheduler, objective=ExitLosses(args.loss_equal),
                       description=describe(args, model, data), epochs=args.epochs, start_epoch=args.start_epoch,
-                      print_freq=args.print_freq)
-    if args.resume:
-        trainer.resume()
+                      print_freq=args.print_freq, skip_bad=args.on_nan == "skip", wrapped=distributed.wrap(model, device))
+    if saved:
+        trainer.resume(saved)
+    elif args.resume:
+        run.log.info("nothing to resume in %s: starting from the beginning", run.folder)
     return trainer
 
 
@@ -56,27 +68,58 @@ class Trainer:
         description: what a checkpoint says about the network besides its weights.
         epochs, start_epoch: train epochs start_epoch ... epochs - 1.
         print_freq: steps between looks at the loss; nothing else in an epoch waits for the device.
+        skip_bad: leave out steps whose loss or gradient is not finite, instead of stopping.
         wrapped: what to call for the training forward pass (DistributedDataParallel); the model itself by default.
     """
 
     def __init__(self, model: BoostedNet, data, run: Run, *, optimizer: torch.optim.Optimizer,
                  scheduler: torch.optim.lr_scheduler.LRScheduler, objective: ExitLosses, description: dict[str, Any],
-                 epochs: int, start_epoch: int = 0, print_freq: int = 10, wrapped: nn.Module | None = None) -> None:
+                 epochs: int, start_epoch: int = 0, print_freq: int = 10, skip_bad: bool = False,
+                 wrapped: nn.Module | None = None) -> None:
         self.model, self.data, self.run, self.description = model, data, run, description
         self.optimizer, self.scheduler, self.objective = optimizer, scheduler, objective
-        self.epochs, self.epoch, self.print_freq = epochs, start_epoch, print_freq
+        self.epochs, self.epoch, self.print_freq, self.skip_bad = epochs, start_epoch, print_freq, skip_bad
         self.wrapped = wrapped or model
         self.device = next(model.parameters()).device
         self.best = {"epoch": 0, "top1": -1.0, "chosen_on": "hold-out" if data.n_valid else "last epoch"}
         self.history: list[dict[str, Any]] = []
+        self.figures = EpochFigures(model.n_exits, self.device)   # of the epoch under way: its steps are the place in it
+        self.optimizer.step()   # no gradients yet: moves nothing, but the schedule expects it in front of its own first step
         for _ in range(start_epoch):
-            self.optimizer.step()   # no gradients yet: moves nothing, but the schedule expects it in front of its own step
             self.scheduler.step()
 
-    def fit(self) -> None:
-        """Train to the last epoch."""
-        while self.epoch < self.epochs:
-            self._train_one_epoch()
+    def fit(self, signals: StopSignals | None = None) -> bool:
+        """Train to the last epoch; False when a signal ended it before that, with everything saved.
+
+        Raises:
+            TrainingDiverged: when a loss or a weight is no longer finite; nothing is saved then.
+        """
+        signals = signals or StopSignals()
+        try:
+            while self.epoch < self.epochs:
+                if self._stop(signals):   # the end of the last epoch is saved already
+                    return self._say_stopped(signals)
+                if not self._train_steps(signals):
+                    self._save()
+                    return self._say_stopped(signals)
+                self._finish_epoch()
+        finally:
+            self.run.close()
+        return True
+
+    @staticmethod
+    def _stop(signals: StopSignals) -> bool:
+        # Agreed on between two steps, since ranks that stop at different steps would wait for each other for ever.
+        return distributed.any_rank(signals.received is not None)
+
+    def _say_stopped(self, signals: StopSignals) -> bool:
+        if distributed.is_main():
+            self.run.log.info("%s: stopped at %s, all saved; the same command with --resume goes on from there",
+                              signals.received or "signal to another process", self._place())
+        return False
+
+    def _place(self) -> str:
+        return f"step {self.figures.steps} of epoch {self.epoch + 1}" if self.figures.steps else f"the end of epoch {self.epoch}"
 
     def test(self) -> None:
         """Accuracy of the last epoch's network on the test set, which nothing before has looked at."""
@@ -84,72 +127,106 @@ class Trainer:
         self.run.results["test"] = evaluate_anytime(self.model, self.data, self.run.folder, about=about)
         self.run.save_results()
 
-    def resume(self) -> bool:
-        """Go on from the latest checkpoint of the run folder; False when there is none yet."""
-        path = self.run.folder / checkpoint.LATEST
-        if not path.exists():
-            return False
-        saved = checkpoint.load(path)
-        checkpoint.load_weights(self.model.backbone, saved["state_dict"], path)
-        state = saved["training"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.objective.load_state_dict(state["objective"])
-        self.epoch, self.best, self.history = saved["epoch"], state["best"], state["history"]
-        set_rng_state(state["rng"])
-        return True
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Go on from a checkpoint of this run (from `checkpoint.load_latest`).
 
-    def _train_one_epoch(self) -> None:
-        lr = self.optimizer.param_groups[0]["lr"]
-        figures = EpochFigures(self.model.n_exits, self.device)
-        batches = self.data.train(self.epoch)
+        Raises:
+            UserError: when it is of other data, another network or another number of processes.
+        """
+        state, source = saved["training"], f"the run in {self.run.folder}"
+        for name, now in self._origin().items():
+            if state[name] != now:
+                raise UserError(f"{source} cannot be resumed with other data or processes: {name} was {state[name]}, now {now}")
+        checkpoint.load_weights(self.model.backbone, saved["state_dict"], source)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.objective.load_state_dict(state["objective"], self.device)
+            self.figures.load_state_dict(state["figures"])
+            set_rng_state(state["rng"])
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{source} cannot be resumed: {type(error).__name__} {error}") from error
+        self.epoch, self.best, self.history = saved["epoch"], state["best"], state["history"]
+        self.run.results |= {"epochs": self.history, "best": self.best}   # the run may have been killed before it wrote them
+        if distributed.is_main():
+            self.run.log.info("resuming at %s", self._place())
+
+    def _origin(self) -> dict[str, Any]:
+        """What makes the batches of an epoch besides the flags: with another value there is no going on."""
+        return {"n_train": self.data.n_train, "labels_hash": self.data.labels_hash, "processes": distributed.world_size()}
+
+    def _train_steps(self, signals: StopSignals) -> bool:
+        """The steps of an epoch that are still to do; False when a signal came before its end."""
+        lr, figures = self.optimizer.param_groups[0]["lr"], self.figures
+        batches = self.data.train(self.epoch, first_batch=figures.steps)
         started = time.perf_counter()
-        with tqdm(total=len(batches), desc=f"epoch {self.epoch + 1}/{self.epochs}", unit="step", leave=False,
-                  disable=None if distributed.is_main() else True) as progress:
+        with tqdm(total=figures.steps + len(batches), initial=figures.steps, desc=f"epoch {self.epoch + 1}/{self.epochs}",
+                  unit="step", leave=False, disable=None if distributed.is_main() else True) as progress:
             def after_step(step: int) -> bool:
                 progress.update()
                 if step % self.print_freq == 0:
                     figures.check(self.epoch, lr)
                     if not progress.disable:
-                        progress.set_postfix(loss=f"{(figures.sums[0].sum() / figures.samples).item():.3f}", refresh=False)
-                return False
+                        loss = figures.sums[0].sum() / max(figures.samples, 1)
+                        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                # Several processes agree only now and then: asking all of them makes each wait for its device.
+                return (distributed.world_size() == 1 or step % self.print_freq == 0) and self._stop(signals)
 
-            train_epoch(self.wrapped, self.objective, batches, self.optimizer, figures, after_step=after_step)
+            complete = train_epoch(self.wrapped, self.objective, batches, self.optimizer, figures, after_step=after_step,
+                                   skip_bad=self.skip_bad)
+        figures.seconds += time.perf_counter() - started
         figures.check(self.epoch, lr)
-        entry = {"epoch": self.epoch + 1, "lr": lr, **figures.summary()}
-        seconds = time.perf_counter() - started
-        entry |= {"seconds": round(seconds, 3), "images_per_s": round(self.data.n_train / seconds, 1)}
+        # The last update may have spoilt the weights without any loss having shown it.
+        if not figures.samples or not all_finite(self.model.state_dict().values()):
+            raise TrainingDiverged(f"{'the weights became' if figures.samples else 'every loss was'} NaN or infinite by "
+                                   f"{self._place()} (learning rate {lr:g}); try a lower --lr_f, or look at the data")
+        return complete
+
+    def _finish_epoch(self) -> None:
+        """Validate, write down and save an epoch whose steps are done."""
+        figures = self.figures
+        entry = {"epoch": self.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], **figures.summary(),
+                 "skipped_steps": figures.skipped, "seconds": round(figures.seconds, 3),
+                 "images_per_s": round(self.data.n_train / figures.seconds, 1)}
+        distributed.share_buffers(self.model)
         entry["valid_top1"] = predict(self.model, self.data.valid()).top1 if self.data.n_valid else None
         self.scheduler.step()
         self.epoch += 1
+        self.figures = EpochFigures(self.model.n_exits, self.device)
         self.history.append(entry)
-        self._finish_epoch(entry)
-
-    def _finish_epoch(self, entry: dict[str, Any]) -> None:
         # Without a hold-out nothing may choose an epoch: the last one is the result.
         score = entry["valid_top1"][-1] if entry["valid_top1"] else None
         is_best = score is None or score > self.best["top1"]
         if is_best:
             self.best |= {"epoch": self.epoch, "top1": entry["train_top1"][-1] if score is None else score}
         self._report(entry)
-        if distributed.is_main():
-            content = self.content()
-            if is_best:
-                checkpoint.save(self.run.folder / checkpoint.BEST, content)
-            checkpoint.save_latest(self.run.folder, {**content, "training": self._training_state()})
+        self._save(is_best)
         self.run.results |= {"epochs": self.history, "best": self.best}
         self.run.save_results()
+
+    def _save(self, is_best: bool = False) -> None:
+        figures = self.figures.state_dict()   # of all processes, so that all of them have to come here
+        if not distributed.is_main():
+            return
+        content = self.content()
+        # The best one first: killed between the two, the run repeats this epoch and writes both again.
+        if is_best:
+            checkpoint.save(self.run.folder / checkpoint.BEST, content)
+        checkpoint.save_latest(self.run.folder, {**content, "training": self._training_state(figures)})
 
     def content(self) -> dict[str, Any]:
         """What a checkpoint for evaluation holds."""
         kind = "last epoch" if self.epoch == self.epochs else "epoch"
-        if self.best["chosen_on"] == "hold-out" and self.best["epoch"] == self.epoch:
+        if self.figures.steps:
+            kind = self._place()
+        elif self.best["chosen_on"] == "hold-out" and self.best["epoch"] == self.epoch:
             kind = "best on hold-out"
         return {"state_dict": self.model.backbone.state_dict(), **self.description, "epoch": self.epoch, "epoch_kind": kind}
 
-    def _training_state(self) -> dict[str, Any]:
+    def _training_state(self, figures: dict[str, Any]) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-                "objective": self.objective.state_dict(), "best": self.best, "history": self.history, "rng": rng_state()}
+                "objective": self.objective.state_dict(), "figures": figures, "best": self.best,
+                "history": self.history, "rng": rng_state(), "config": self.run.results["config"], **self._origin()}
 
     def _report(self, entry: dict[str, Any]) -> None:
         eta = (self.epochs - self.epoch) * entry["seconds"]

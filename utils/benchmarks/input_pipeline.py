@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from models import MSDNet
 from utils.augment import CIFAR_STATISTICS, IMAGENET_STATISTICS
-from utils.benchmarks.measure import Measurement, time_calls
+from utils.benchmarks.measure import Measurement, count, time_calls
 from utils.decoders import DECODERS
 from utils.device_images import DeviceImages
 from utils.errors import UserError
@@ -24,9 +24,9 @@ from utils.sampling import plan_training
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--images", metavar="FOLDER", help="class folders of large images; without it only small images")
-    parser.add_argument("--passes", type=int, default=10, help="times each large image is read per repeat")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=1, help="decoding processes")
+    parser.add_argument("--passes", type=count, default=10, help="times each large image is read per repeat")
+    parser.add_argument("--batch-size", type=count, default=64)
+    parser.add_argument("--workers", type=count, default=1, help="decoding processes")
 
 
 def run(args: Namespace, device: torch.device) -> list[Measurement]:
@@ -54,9 +54,11 @@ def small_images(args: Namespace, device: torch.device) -> list[Measurement]:
         optimizer.step()
 
     config = {"batch size": args.batch_size}
-    return [Measurement("input of one batch, 32x32", tuple(s / n_batches for s in time_calls(read, args.repeats, device)),
-                        config=config),
-            Measurement("training step, MSDNet 24.5 M MACs", time_calls(step, args.repeats, device), config=config)]
+    inputs = tuple(s / n_batches for s in time_calls(read, args.repeats, device))
+    steps = time_calls(step, args.repeats, device)
+    return [Measurement("input of one batch, 32x32", inputs, config=config),
+            Measurement("training step, MSDNet 24.5 M MACs", steps, config=config),
+            Measurement("input, share of a step", tuple(100 * i / s for i, s in zip(inputs, steps)), unit="%", config=config)]
 
 
 def large_images(args: Namespace, device: torch.device) -> list[Measurement]:

@@ -1,0 +1,34 @@
+"""Evaluate a trained network on ImageNet, or any folder of large images, in both prediction modes.
+
+    python eval_imagenet.py --data-root data/imagenet --evaluate-from runs/msdnet/model_best.pth
+    torchrun --standalone --nproc_per_node=4 eval_imagenet.py ... --evalmode dynamic --gpu 0,1,2,3
+"""
+import sys
+
+from args import parse_args, require
+from dataloader import build_data
+from utils import checkpoint
+from utils.distributed import process_group, rank, world_size
+from utils.errors import user_errors
+from utils.evaluation import evaluate
+from utils.restore import take_over
+from utils.run import choose_device
+
+
+@user_errors()
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv, datasets=("imagenet", "folder"))
+    require(args, "evaluate_from")
+    device = choose_device(args.device, args.gpu, args.threads)
+    with process_group(device, args.dist_backend):
+        saved = checkpoint.load(args.evaluate_from)
+        split = take_over(args, saved)   # what was trained decides what is evaluated
+        data = build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size,
+                          eval_batch_size=args.batch_size, device=device, split=split, val_workers=args.val_workers,
+                          decoder=args.decoder, skip_unreadable=args.skip_unreadable, rank=rank(), world=world_size())
+        evaluate(args, saved, data, device)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

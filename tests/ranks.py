@@ -1,0 +1,80 @@
+"""What each process of a test does: `torchrun ... tests/ranks.py FOLDER`, with the runs to do in FOLDER/runs.json."""
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import eval_imagenet
+import train_imagenet
+from utils import distributed, evaluation, trainer
+
+own_normalisation = nn.BatchNorm2d.forward
+
+
+def fixed_normalisation(self: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Normalise by the stored statistics, in training too, and leave them as they are.
+
+    On the CPU every process has statistics of its own images. Without them, several processes must compute what one does.
+    """
+    return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+def run_all(runs: list[dict], folder: Path) -> list[float]:
+    """Do the runs one after the other; what `predict` returned in an evaluation is kept in FOLDER/<name>.pth.
+
+    Leaves `predict` and batch normalisation patched.
+
+    Returns:
+        A sum over the statistics of the network of every validation during training.
+    """
+    predict, seen, validated = evaluation.predict, [], []
+
+    def validate(model, batches):
+        validated.append(sum(b.sum().item() for name, b in model.named_buffers() if "running" in name))
+        return predict(model, batches)
+
+    trainer.predict = validate
+    evaluation.predict = lambda *arguments: seen.append(predict(*arguments)) or seen[-1]
+    for run in runs:
+        seen.clear()
+        nn.BatchNorm2d.forward = own_normalisation if run.get("own_statistics") else fixed_normalisation
+        script = {"train": train_imagenet, "eval": eval_imagenet}[run["script"]]
+        assert script.main(run["flags"]) == 0
+        if run["script"] == "eval" and distributed.is_main():
+            torch.save([p._asdict() for p in seen], folder / f"{run['name']}.pth")
+    return validated
+
+
+def changed_paths(event: str, arguments: tuple) -> list[str]:
+    """Paths that an event of Python's audit log writes to, moves or removes."""
+    if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        return []
+    if event not in ("open", "os.mkdir", "os.remove", "os.rename", "os.link", "os.symlink"):
+        return []
+    return [os.fsdecode(path) for path in arguments[:2] if isinstance(path, (str, bytes)) and path not in ("r", "rb")]
+
+
+def main() -> None:
+    folder, changed = Path(sys.argv[1]), []
+    sys.addaudithook(lambda event, arguments: changed.extend(changed_paths(event, arguments)))
+    with distributed.process_group(torch.device("cpu")):
+        # One group for all runs: torchrun's store still has the addresses of a group that was there before.
+        train_imagenet.process_group = eval_imagenet.process_group = lambda *_: nullcontext()
+        validated = run_all(json.loads((folder / "runs.json").read_text()), folder)
+        report = {"changed": list(changed), "validated": validated, "world": distributed.world_size(),
+                  "same": distributed.same_everywhere(1, "a"), "different": distributed.same_everywhere(distributed.rank()),
+                  "any": distributed.any_rank(distributed.rank() == 1), "none": distributed.any_rank(False)}
+        (folder / f"report{distributed.rank()}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""Several processes compute what one does, report a mistake once, end together, and go on from the last checkpoint."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from tiny import differences, make_images, outcome
+from torch import nn
+
+from args import parse_args
+from models import BoostedNet, MSDNet
+from utils import checkpoint, distributed, errors, evaluation, trainer
+from utils.errors import UserError
+from utils.lock import locked
+from utils.methods import build_model
+from utils.run import choose_device
+
+ROOT = Path(__file__).resolve().parent.parent
+NETWORKS = {
+    "msdnet": "--arch msdnet_ge --nBlocks 2 --base 1 --step 1 --grFactor 1-2-4 --bnFactor 1-2-4",
+    # Its last layers drop a scale at a depth where the finer scales of the layer before feed nothing any more.
+    "unread": "--arch msdnet_ge --nBlocks 3 --base 2 --step 1 --grFactor 1-2-4 --bnFactor 1-2-4",
+    "ranet": "--arch ranet_ge --nBlocks 1 --block-step 1 --step 1 --grFactor 4-2-1 --bnFactor 4-2-1",
+}
+RUNS = {"msdnet": "msdnet", "ranet": "ranet", "equalised": "unread --loss_equal", "equalised_ranet": "ranet --loss_equal"}
+MINUTE = 60
+
+
+def launch(world: int, *arguments: object, options: str = "", output: Path) -> subprocess.Popen:
+    """Start torchrun, in a process group of its own, with all that is printed going to a file."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", *options.split(),
+               *map(str, arguments)]
+    with open(output, "w") as file:
+        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def train_flags(images: Path, folder: Path, network: str, batch_size: int, *more: str) -> list[str]:
+    """Flags of a run on 41 training images, which no batch size here divides; 7 are held out."""
+    name, *rest = network.split()
+    flags = (f"--dataset folder --data-root {images} --result_dir {folder} --use-valid --valid_size 7 --nChannels 4 --epochs 1 "
+             f"--batch-size {batch_size} --lr_milestones 2 --lr_f 0.02 --print-freq 2 --device cpu {NETWORKS[name]}")
+    return [*flags.split(), *rest, *more]
+
+
+def eval_runs(images: Path, trained: Path, folder: Path) -> list[dict]:
+    flags = f"--data-root {images} --evaluate-from {trained} --result_dir {folder} --batch-size 4 --device cpu".split()
+    return [{"script": "eval", "name": mode, "flags": [*flags, "--evalmode", mode]} for mode in ("anytime", "dynamic")]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"), test=7)
+
+
+@pytest.fixture(scope="module")
+def alone(images, tmp_path_factory) -> Path:
+    """Folder of runs in this one process, in batches of 6."""
+    folder = tmp_path_factory.mktemp("alone")
+    runs = [{"script": "train", "flags": train_flags(images, folder / name, network, 6)} for name, network in RUNS.items()]
+    with pytest.MonkeyPatch.context() as patch:   # puts back what run_all replaces
+        patch.setattr(nn.BatchNorm2d, "forward", nn.BatchNorm2d.forward)
+        for module in (trainer, evaluation):
+            patch.setattr(module, "predict", module.predict)
+        ranks.run_all([*runs, *eval_runs(images, folder / "msdnet/model_best.pth", folder)], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(images, alone, tmp_path_factory) -> Path:
+    """Folder of the same runs in two processes, in batches of 3 each, and of the evaluation of the same checkpoint."""
+    folder = tmp_path_factory.mktemp("together")
+    runs = [{"script": "train", "flags": train_flags(images, folder / name, network, 3)} for name, network in RUNS.items()]
+    runs.append({"script": "train", "flags": train_flags(images, folder / "own", "msdnet", 3), "own_statistics": True})
+    run_ranks(2, [*runs, *eval_runs(images, alone / "msdnet/model_best.pth", folder)], folder)
+    return folder
+
+
+def run_ranks(world: int, runs: list[dict], folder: Path) -> None:
+    (folder / "runs.json").write_text(json.dumps(runs))
+    job = launch(world, ROOT / "tests/ranks.py", folder, output=folder / "output")
+    try:
+        assert job.wait(5 * MINUTE) == 0, (folder / "output").read_text()
+    finally:
+        end(job)
+
+
+def end(job: subprocess.Popen) -> None:
+    """End what may be left of a job: torchrun gives every process it starts a group of its own."""
+    for pid in [*children(job), job.pid] if job.poll() is None else []:
+        os.killpg(pid, signal.SIGKILL)
+    job.wait()
+
+
+def children(job: subprocess.Popen) -> list[int]:
+    return [int(pid) for path in Path(f"/proc/{job.pid}/task").glob("*/children") for pid in path.read_text().split()]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_two_processes_train_to_the_same_network_as_one(alone, together, run):
+    """Losses, accuracies and parameters; the last of the seven batches has five images, two of them on the first rank."""
+    one, two = (checkpoint.load(folder / run / checkpoint.LATEST) for folder in (alone, together))
+    start = build_model(_args(run)).backbone.state_dict()
+    assert max((one["state_dict"][name] - start[name]).abs().max() for name in start) > 0.01   # it did move
+    torch.testing.assert_close(two["state_dict"], one["state_dict"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(two["training"]["objective"], one["training"]["objective"], rtol=1e-5, atol=0)
+    results = [json.loads((folder / run / "results.json").read_text()) for folder in (alone, together)]
+    for name in ("train_loss", "train_top1", "valid_top1"):
+        first, second = (result["epochs"][0][name] for result in results)
+        assert second == pytest.approx(first, rel=1e-5), name
+    for name in ("top1", "top5"):
+        assert results[0]["test"][name] == results[1]["test"][name]
+
+
+def _args(run: str):
+    torch.manual_seed(0)
+    args = parse_args(train_flags(Path("d"), Path("r"), RUNS[run], 3))
+    args.num_classes = 3
+    return args
+
+
+def test_a_network_of_these_runs_has_layers_that_no_exit_reads():
+    net = build_model(_args("equalised"))
+    sum(p.sum() for p in net(torch.randn(2, 3, 32, 32))).backward()
+    assert any(parameter.grad is None for parameter in net.parameters())
+
+
+def check_evaluation(alone: Path, folder: Path) -> None:
+    for name in ("anytime", "dynamic"):
+        one, several = (torch.load(path / f"{name}.pth") for path in (alone, folder))
+        assert len(one) == len(several) == (1 if name == "anytime" else 2)
+        for a, b in zip(one, several):
+            assert all(torch.equal(a[key], b[key]) for key in ("confidence", "correct", "top5"))
+    for name in ("any.txt", "dynamic.txt"):
+        assert (folder / name).read_bytes() == (alone / name).read_bytes()
+
+
+def test_two_processes_evaluate_to_the_last_bit_as_one(alone, together):
+    check_evaluation(alone, together)
+
+
+@pytest.mark.slow
+def test_three_processes_evaluate_to_the_last_bit_as_one(images, alone, tmp_path):
+    run_ranks(3, eval_runs(images, alone / "msdnet/model_best.pth", tmp_path), tmp_path)
+    check_evaluation(alone, tmp_path)
+
+
+def test_only_the_first_process_writes(together):
+    first, second = (json.loads((together / f"report{rank}.json").read_text())["changed"] for rank in (0, 1))
+    for name in ("model_latest.pth", "model_best.pth", "results.json", "train.log", "split.pth", "any.txt"):
+        assert any(name in path for path in first), name
+    assert not [path for path in second if path.startswith(str(together)) or not path.startswith("/")]
+
+
+def test_all_processes_get_the_same_answers(together):
+    for rank in (0, 1):
+        report = json.loads((together / f"report{rank}.json").read_text())
+        assert (report["world"], report["same"], report["different"], report["any"], report["none"]) == (2, True, False, True,
+                                                                                                      False)
+
+
+def test_all_processes_validate_the_network_that_is_saved(together):
+    """Each normalises its training images by their own statistics; for the hold-out those of the first one count."""
+    first, second = (json.loads((together / f"report{rank}.json").read_text())["validated"] for rank in (0, 1))
+    assert first == second and len(first) == len(RUNS) + 1
+    saved = checkpoint.load(together / "own" / checkpoint.LATEST)["state_dict"]
+    assert first[-1] == pytest.approx(sum(tensor.sum().item() for name, tensor in saved.items() if "running" in name), rel=1e-6)
+
+
+def test_what_many_processes_print_comes_once(together):
+    output = (together / "output").read_text()
+    assert output.count("epoch 1/1  lr") == len(RUNS) + 1 and output.count("Budgeted batch") == 1
+
+
+class Recorder(nn.Module):
+    def __init__(self, module, **options):
+        super().__init__()
+        self.module, self.options = module, options
+
+
+def test_on_gpus_normalisation_is_synchronised_and_keeps_names_and_parameters(monkeypatch):
+    """The conversion alone: such a layer refuses to run on the CPU."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "DistributedDataParallel", Recorder)
+    model = BoostedNet(MSDNet(n_blocks=2, n_channels=4, base=1), [0.5, 0.5])
+    names, parameters = list(model.state_dict()), list(model.parameters())
+    wrapped = distributed.wrap(model, torch.device("cuda", 1))
+    assert wrapped.module is model and wrapped.options == {"device_ids": [1], "static_graph": True}
+    kinds = {type(module) for module in model.modules()}
+    assert nn.SyncBatchNorm in kinds and nn.BatchNorm2d not in kinds
+    assert list(model.state_dict()) == names
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))   # those an optimizer already has
+    model = BoostedNet(MSDNet(n_blocks=2, n_channels=4, base=1), [0.5, 0.5])
+    assert distributed.wrap(model, torch.device("cpu")).options == {"device_ids": None, "static_graph": True}
+    assert nn.SyncBatchNorm not in {type(module) for module in model.modules()}
+
+
+def test_every_process_gets_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert choose_device("auto", "2") == torch.device("cuda", 2)   # no torchrun
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert choose_device("auto", "3,1,0") == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="--gpu 0,1"):
+        choose_device("auto", "0")
+    with pytest.raises(UserError, match="no device 7"):
+        choose_device("auto", "0,7")
+
+
+def test_a_backend_that_the_device_cannot_use_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="needs GPUs"), distributed.process_group(torch.device("cpu"), "nccl"):
+        pass
+
+
+def test_all_processes_but_the_first_wait_before_they_report_a_mistake(monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(errors.time, "sleep", waits.append)
+    for rank, count in (("0", 0), ("1", 1)):
+        monkeypatch.setenv("RANK", rank)
+        errors.fail(UserError("bad"))
+        with pytest.raises(SystemExit):
+            parse_args(["--epochs", "0"])
+        assert len(waits) == 2 * count
+    monkeypatch.delenv("RANK")
+    errors.fail(UserError("bad"))
+    assert len(waits) == 2 and capsys.readouterr().err.count("error: bad") == 3
+
+
+# ---- Whole jobs, as a user starts them.
+
+
+@pytest.fixture
+def start(images, tmp_path):
+    """Starts train_imagenet.py in two processes: start(*flags, options=...) returns (torchrun, file of its output)."""
+    jobs = []
+
+    def start_job(*flags: str, options: str = "") -> tuple[subprocess.Popen, Path]:
+        output = tmp_path / f"output{len(jobs)}"
+        jobs.append(launch(2, "train_imagenet.py", *train_flags(images, tmp_path / "run", "msdnet", 3, *flags), options=options,
+                           output=output))
+        return jobs[-1], output
+
+    yield start_job
+    for job in jobs:
+        end(job)
+
+
+def wait_until(happened: Callable[[], bool], job: subprocess.Popen, output: Path) -> None:
+    deadline = time.monotonic() + 3 * MINUTE
+    while not happened():
+        assert job.poll() is None, output.read_text()
+        assert time.monotonic() < deadline, output.read_text()
+        time.sleep(0.05)
+
+
+def kill_rank(job: subprocess.Popen, rank: int) -> None:
+    [victim] = [pid for pid in children(job)
+                if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    os.kill(victim, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_job_with_an_error_within_a_minute(start, tmp_path, rank):
+    job, output = start("--epochs", "100000")
+    wait_until((tmp_path / "run" / checkpoint.PREVIOUS).exists, job, output)
+    kill_rank(job, rank)
+    assert job.wait(MINUTE) != 0
+    assert "SIGKILL" in output.read_text()
+    assert checkpoint.load_latest(tmp_path / "run")["epoch"] >= 1
+
+
+@pytest.mark.slow
+def test_a_restarted_and_resumed_job_ends_with_the_bits_of_one_that_never_stopped(start, images, tmp_path):
+    """A process is killed and torchrun starts all again; then torchrun is told to stop; then the job is started anew."""
+    folder, previous = tmp_path / "run", tmp_path / "run" / checkpoint.PREVIOUS
+    job, output = start("--epochs", "100000", "--resume", options="--max-restarts=1")
+    wait_until(previous.exists, job, output)
+    kill_rank(job, 1)
+    wait_until(lambda: "resuming at" in output.read_text(), job, output)
+    previous.unlink()   # there again as soon as the restarted processes have saved
+    wait_until(previous.exists, job, output)
+    job.send_signal(signal.SIGTERM)
+    job.wait(MINUTE)
+    assert "SIGTERM: stopped at" in output.read_text()
+    epochs = str(checkpoint.load(folder / checkpoint.LATEST)["epoch"] + 1)
+    job, output = start("--epochs", epochs, "--resume")
+    assert job.wait(3 * MINUTE) == 0, output.read_text()
+    broken = outcome(folder)
+    folder.rename(tmp_path / "broken")
+    job, output = start("--epochs", epochs)
+    assert job.wait(3 * MINUTE) == 0, output.read_text()
+    assert not list(differences(broken, outcome(folder)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["folder in use", "no data", "bad flag"])
+def test_a_mistake_ends_all_processes_at_once_with_one_line(start, tmp_path, mistake):
+    (tmp_path / "run").mkdir()
+    flags = {"folder in use": [], "no data": ["--data-root", str(tmp_path / "nowhere")], "bad flag": ["--epochs", "0"]}[mistake]
+    with locked(tmp_path / ("run" if mistake == "folder in use" else ".")):
+        job, output = start(*flags)
+        assert job.wait(2 * MINUTE) != 0
+    text = output.read_text()
+    assert text.count("train_imagenet.py: error:") == 1, text
+    assert "exitcode  : 2" in text and "rank0]: Traceback" not in text and "rank1]: Traceback" not in text

@@ -1,0 +1,241 @@
+"""A run that is stopped anywhere and resumed ends with the bits of a run that never stopped."""
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny import command, differences, make_images, one_line_error, outcome, signal_at_step
+
+import args as cli
+import train_cifar100
+from models import BoostedNet
+from utils import checkpoint, trainer
+from utils.errors import STOPPED
+from utils.objective import ExitLosses
+from utils.optim import LRScheduler
+
+# Between them every kind of state: momentum and Adam's averages, both schedules, the averages of --loss_equal.
+SETUPS = {
+    "boosted": [],
+    "joint": "--method joint --optimizer adam --lr_f 0.01 --lr-type cosine --loss_equal --arch msdnet".split(),
+}
+STEPS = 10   # two epochs of five
+
+
+@pytest.fixture(autouse=True)
+def noisy_network(monkeypatch):
+    """As with dropout, every step draws random numbers, here from all generators: a state not restored must show."""
+    forward = BoostedNet.forward
+
+    def noisy_forward(self, x):
+        if self.training:
+            x = x + 0.01 * (torch.randn_like(x) + random.random() + np.random.rand())
+        return forward(self, x)
+
+    monkeypatch.setattr(BoostedNet, "forward", noisy_forward)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(images, tmp_path_factory):
+    """Outcome of an uninterrupted run of a setup, computed when first asked for."""
+    known = {}
+
+    def run(setup: str):
+        if setup not in known:
+            folder = tmp_path_factory.mktemp(setup)
+            assert train_cifar100.main(command(images, folder, *SETUPS[setup])) == 0
+            known[setup] = outcome(folder)
+        return known[setup]
+
+    return run
+
+
+def stop_and_resume(images, folder, setup, step, monkeypatch) -> None:
+    line = command(images, folder, *SETUPS[setup])
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, step)
+        assert train_cifar100.main(line) == STOPPED
+    assert train_cifar100.main([*line, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_a_run_stopped_after_any_step_ends_as_if_it_had_not_been(images, uninterrupted, tmp_path, monkeypatch, step):
+    stop_and_resume(images, tmp_path, "boosted", step, monkeypatch)
+    assert not list(differences(outcome(tmp_path), uninterrupted("boosted")))
+
+
+@pytest.mark.parametrize("step", [3, 5, 8])
+def test_adam_cosine_and_loss_averages_come_back_as_they_were(images, uninterrupted, tmp_path, monkeypatch, step):
+    stop_and_resume(images, tmp_path, "joint", step, monkeypatch)
+    assert not list(differences(outcome(tmp_path), uninterrupted("joint")))
+
+
+def test_a_run_may_be_stopped_many_times(images, uninterrupted, tmp_path, monkeypatch):
+    line = command(images, tmp_path)
+    for _ in range(4):
+        with monkeypatch.context() as patch:
+            signal_at_step(patch, 2)
+            assert train_cifar100.main([*line, "--resume"]) == STOPPED   # the first time there is nothing to resume yet
+    assert train_cifar100.main([*line, "--resume"]) == 0
+    assert not list(differences(outcome(tmp_path), uninterrupted("boosted")))
+
+
+def test_the_best_epoch_so_far_stays_the_best(images, tmp_path, monkeypatch):
+    scores = iter([50.0, 40.0])
+    monkeypatch.setattr(trainer, "predict", lambda *_: SimpleNamespace(top1=[0.0, next(scores)]))
+    stop_and_resume(images, tmp_path, "boosted", 7, monkeypatch)
+    assert checkpoint.load(tmp_path / checkpoint.BEST)["epoch"] == 1
+    assert outcome(tmp_path)["results"]["best"] == {"epoch": 1, "top1": 50.0, "chosen_on": "hold-out"}
+
+
+def test_more_epochs_continue_a_finished_run(images, uninterrupted, tmp_path):
+    for line in (command(images, tmp_path, "--epochs", "1"), command(images, tmp_path, "--resume")):
+        assert train_cifar100.main(line) == 0
+    assert not list(differences(outcome(tmp_path), uninterrupted("boosted")))
+
+
+@pytest.mark.parametrize(("missing", "owner", "function"), [
+    ("model_best.pth", checkpoint, "save"), ("model_latest.pth", checkpoint, "save_latest"),
+    ("results.json", trainer.Run, "save_results")])
+def test_a_run_that_dies_among_the_saves_of_an_epoch_ends_as_if_it_had_not(images, uninterrupted, tmp_path, monkeypatch,
+                                                                           missing, owner, function):
+    def die(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(owner, function, die)
+        train_cifar100.main(command(images, tmp_path))
+    assert not (tmp_path / missing).exists()
+    assert train_cifar100.main([*command(images, tmp_path), "--resume"]) == 0
+    assert not list(differences(outcome(tmp_path), uninterrupted("boosted")))
+
+
+def test_results_that_a_killed_run_did_not_write_are_written_when_it_is_resumed(images, tmp_path, monkeypatch):
+    line = command(images, tmp_path, "--epochs", "1")
+    assert train_cifar100.main(line) == 0
+    complete = outcome(tmp_path)
+    (tmp_path / "results.json").unlink()
+    assert train_cifar100.main([*line, "--resume"]) == 0   # no epoch is left to do
+    assert not list(differences(outcome(tmp_path), complete))
+
+
+def test_the_best_checkpoint_is_saved_before_the_latest(images, tmp_path, monkeypatch):
+    """Killed between the two, the run repeats the epoch; the other way round it would never write its best one again."""
+    saved = []
+    for name in ("save", "save_latest"):
+        monkeypatch.setattr(checkpoint, name, lambda *_, name=name: saved.append(name))
+    assert train_cifar100.main(command(images, tmp_path, "--epochs", "1")) == 0
+    assert saved == ["save", "save_latest"]
+
+
+# What a resumed run would go wrong without, and the setup that notices.
+PIECES = {
+    "weights": (checkpoint, "load_weights", "boosted"), "momentum": (torch.optim.SGD, "load_state_dict", "boosted"),
+    "Adam's averages": (torch.optim.Adam, "load_state_dict", "joint"), "schedule": (LRScheduler, "load_state_dict", "boosted"),
+    "loss averages": (ExitLosses, "load_state_dict", "joint"),
+    "place in the epoch": (trainer.EpochFigures, "load_state_dict", "boosted"),
+    "random.random": (random, "setstate", "boosted"), "np.random": (np.random, "set_state", "boosted"),
+    "torch.rand": (torch, "set_rng_state", "boosted"),
+}
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_the_comparison_notices_a_piece_of_state_that_is_not_restored(images, uninterrupted, tmp_path, monkeypatch, piece):
+    owner, name, setup = PIECES[piece]
+    line = command(images, tmp_path, *SETUPS[setup])
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, 8)
+        assert train_cifar100.main(line) == STOPPED
+    monkeypatch.setattr(owner, name, lambda *_: None)
+    assert train_cifar100.main([*line, "--resume"]) == 0
+    assert list(differences(outcome(tmp_path), uninterrupted(setup)))
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    assert train_cifar100.main(command(images, folder, "--epochs", "1")) == 0
+    return folder
+
+
+CHANGES = ["--nBlocks 3", "--nChannels 8", "--arch msdnet", "--method joint", "--ensemble_reweight 0.2", "--trainable_ensemble",
+           "--seed 1", "--valid_size 9", "--batch-size 16", "--optimizer adam", "--lr_f 0.2", "--lr-type cosine",
+           "--lr_milestones 2", "--decay-rate 0.5", "--momentum 0.8", "--weight-decay 0", "--loss_equal", "--dataset glyphs"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_flag_that_changes_model_data_or_schedule_is_refused(images, finished, capsys, change):
+    line = command(images, finished, "--epochs", "1", "--resume", *change.split())
+    assert f"{change.split()[0]} " in one_line_error(capsys, lambda: train_cifar100.main(line))
+
+
+def test_all_changes_are_listed_with_both_values(images, finished, capsys):
+    line = command(images, finished, "--resume", "--lr_f", "0.2", "--batch-size", "16", "--lr_milestones", "2,4")
+    message = one_line_error(capsys, lambda: train_cifar100.main(line))
+    assert all(part in message for part in ("--lr_f 0.2 (was 0.1)", "--batch-size 16 (was 8)", "--lr_milestones 2, 4 (was 1)"))
+
+
+def test_flags_about_where_and_how_a_run_is_shown_may_change(images, finished, tmp_path):
+    more = f"--workers 2 --val_workers 0 --device auto --gpu 1 --print-freq 1 --tensorboard_dir {tmp_path} --on_nan skip"
+    assert train_cifar100.main(command(images, finished, "--epochs", "1", "--resume", *more.split())) == 0
+
+
+def test_every_flag_is_either_free_or_compared(capsys):
+    args = cli.parse_args(["--result_dir", "r"])
+    for name in vars(cli.build_parser().parse_args([])):
+        other = {**vars(args), name: "another value"}
+        if name in cli.FREE_ON_RESUME | {"epochs"}:
+            cli.require_unchanged(args, other, epochs_done=0)
+        else:
+            message = one_line_error(capsys, lambda other=other: cli.require_unchanged(args, other, epochs_done=0))
+            assert "another value" in message
+
+
+def test_the_number_of_epochs_makes_a_cosine_schedule_and_may_never_fall_below_those_done(capsys):
+    args = cli.parse_args("--result_dir r --lr-type cosine --epochs 9".split())
+    assert "--epochs 9 (was 8)" in one_line_error(
+        capsys, lambda: cli.require_unchanged(args, {**vars(args), "epochs": 8}, epochs_done=8))
+    args = cli.parse_args("--result_dir r --epochs 9".split())
+    cli.require_unchanged(args, {**vars(args), "epochs": 20}, epochs_done=9)
+    assert "has done 10 epochs" in one_line_error(
+        capsys, lambda: cli.require_unchanged(args, {**vars(args), "epochs": 20}, epochs_done=10))
+
+
+@pytest.mark.parametrize("hold_out", [True, False])
+def test_other_data_are_refused(tmp_path, capsys, hold_out):
+    line = command(make_images(tmp_path / "data", classes=2), tmp_path / "run", "--epochs", "1")
+    if not hold_out:
+        line = [word for word in line if word not in ("--use-valid", "--valid_size")]
+        line.remove("8")
+    assert train_cifar100.main(line) == 0
+    capsys.readouterr()
+    (tmp_path / "data/train/class0/0.png").rename(tmp_path / "data/train/class1/99.png")   # as many images, other labels
+    assert "data" in one_line_error(capsys, lambda: train_cifar100.main([*line, "--resume"]))
+
+
+def test_a_folder_with_a_run_needs_resume_to_be_used_again(images, finished, capsys):
+    assert "--resume" in one_line_error(capsys, lambda: train_cifar100.main(command(images, finished)))
+
+
+def test_checkpoints_hold_plain_types_only(finished):
+    def kinds(content):
+        yield type(content)
+        if isinstance(content, dict):
+            content = [*content.keys(), *content.values()]
+        if isinstance(content, (list, tuple)):
+            for entry in content:
+                yield from kinds(entry)
+
+    for name in (checkpoint.LATEST, checkpoint.BEST):
+        found = set(kinds(torch.load(finished / name, weights_only=True)))
+        assert {kind.__name__ for kind in found} <= {"dict", "OrderedDict", "Counter", "list", "tuple", "str", "int", "float",
+                                                      "bool", "NoneType", "Tensor"}

@@ -1,0 +1,169 @@
+"""Signals end a run between two steps with everything saved; only one run at a time writes a folder."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import command, differences, make_images, one_line_error, outcome, signal_at_step
+
+import train_cifar100
+from utils import checkpoint, engine
+from utils.errors import STOPPED, UserError
+from utils.lock import locked
+from utils.signals import SIGNALS, StopSignals
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+class Training:
+    """A training run in a process, and a process group, of its own."""
+
+    def __init__(self, line: list[str], output: Path) -> None:
+        self.output = output
+        with open(output, "w") as file:
+            self.process = subprocess.Popen([sys.executable, "train_cifar100.py", *line], cwd=ROOT, stdout=file, stderr=file,
+                                            start_new_session=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def wait_for(self, path: Path) -> None:
+        """Wait until the run has written `path`."""
+        for _ in range(1200):
+            if path.exists():
+                return
+            assert self.process.poll() is None, self.output.read_text()
+            time.sleep(0.05)
+        pytest.fail(f"no {path} after a minute: {self.output.read_text()}")
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_each_signal_stops_after_the_step_saves_and_gives_exit_code_75(images, tmp_path, monkeypatch, capsys, number):
+    signal_at_step(monkeypatch, 7, number)
+    assert train_cifar100.main(command(images, tmp_path)) == STOPPED == 75
+    assert f"{number.name}: stopped at step 2 of epoch 2, all saved" in capsys.readouterr().out
+    saved = checkpoint.load(tmp_path / checkpoint.LATEST)
+    assert (saved["epoch"], saved["epoch_kind"]) == (1, "step 2 of epoch 2")
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+def test_a_second_interrupt_leaves_at_once_and_saves_nothing(images, tmp_path, monkeypatch, capsys):
+    add = engine.EpochFigures.add
+
+    def interrupt_twice(self, *arguments):
+        add(self, *arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("still running")
+
+    monkeypatch.setattr(engine.EpochFigures, "add", interrupt_twice)
+    assert "interrupted" in one_line_error(capsys, lambda: train_cifar100.main(command(images, tmp_path)), code=130)
+    assert not (tmp_path / checkpoint.LATEST).exists()
+
+
+def test_a_signal_during_validation_leaves_the_finished_epoch(images, tmp_path, monkeypatch):
+    from utils import trainer
+
+    def predict_and_signal(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return engine.predict(*arguments)
+
+    monkeypatch.setattr(trainer, "predict", predict_and_signal)
+    assert train_cifar100.main(command(images, tmp_path)) == STOPPED
+    saved = checkpoint.load(tmp_path / checkpoint.LATEST)
+    assert (saved["epoch"], saved["training"]["figures"]["steps"], len(saved["training"]["history"])) == (1, 0, 1)
+
+
+def test_handlers_are_only_there_inside_the_block():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == "SIGUSR1"
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_process_that_is_told_to_stop_ends_with_75_and_resumes_to_the_same_bits(images, tmp_path):
+    folder = tmp_path / "run"
+    with Training(command(images, folder, "--epochs", "100000"), tmp_path / "output") as training:
+        training.wait_for(folder / checkpoint.PREVIOUS)
+        training.process.send_signal(signal.SIGTERM)
+        assert training.process.wait(60) == STOPPED
+    output = (tmp_path / "output").read_text()
+    assert "SIGTERM: stopped at" in output and "Traceback" not in output
+    epochs = str(checkpoint.load(folder / checkpoint.LATEST)["epoch"] + 1)
+    assert train_cifar100.main(command(images, folder, "--epochs", epochs, "--resume")) == 0
+    assert train_cifar100.main(command(images, tmp_path / "whole", "--epochs", epochs)) == 0
+    assert not list(differences(outcome(folder), outcome(tmp_path / "whole")))
+
+
+def test_a_signal_to_the_whole_process_group_does_not_end_the_data_loaders(tmp_path):
+    """As batch schedulers and torchrun send it."""
+    images, folder = make_images(tmp_path / "images", classes=2, train=40, test=2), tmp_path / "run"
+    flags = "--image_size 224 --grFactor 1-1-1-1 --bnFactor 1-1-1-1 --growthRate 2 --batch-size 2 --workers 2 --epochs 100"
+    with Training(command(images, folder, *flags.split()), tmp_path / "output") as training:
+        training.wait_for(folder / checkpoint.LATEST)
+        time.sleep(0.5)   # into the next epoch, where the loaders are at work
+        os.killpg(training.process.pid, signal.SIGTERM)
+        assert training.process.wait(60) == STOPPED, (tmp_path / "output").read_text()
+    output = (tmp_path / "output").read_text()
+    assert output.count("SIGTERM: finishing this step") == 1 and "Traceback" not in output
+
+
+def test_a_second_run_is_kept_out_until_the_first_is_dead(images, tmp_path, capsys):
+    folder = tmp_path / "run"
+    with Training(command(images, folder, "--epochs", "100000"), tmp_path / "output") as training:
+        training.wait_for(folder / checkpoint.LATEST)
+        message = one_line_error(capsys, lambda: train_cifar100.main(command(images, folder, "--resume")))
+        assert f"in use by another run (process {training.process.pid} on " in message and "--result_dir" in message
+        training.process.kill()
+        training.process.wait()
+    epochs = str(checkpoint.load(folder / checkpoint.LATEST)["epoch"])
+    assert train_cifar100.main(command(images, folder, "--epochs", epochs, "--resume")) == 0
+
+
+def test_the_lock_of_a_killed_process_is_not_kept_by_its_children(tmp_path):
+    program = ("import os, sys, time; from pathlib import Path; from utils.lock import locked\n"
+               "with locked(Path(sys.argv[1])):\n"
+               "    if os.fork(): os.kill(os.getpid(), 9)\n"
+               "    print('child', flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
+                          start_new_session=True) as process:
+        assert process.stdout.readline() == b"child\n" and process.wait() == -signal.SIGKILL
+        with locked(tmp_path):
+            pass
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_folder_is_free_again_after_the_block(tmp_path):
+    for _ in range(2):
+        with locked(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()}"), locked(tmp_path):
+            pass
+
+
+def test_a_file_system_without_locks_is_pointed_out(tmp_path, monkeypatch, caplog):
+    import errno
+
+    from utils import lock
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    with locked(tmp_path):
+        assert "No locks available" in caplog.text

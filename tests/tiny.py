@@ -1,0 +1,90 @@
+"""Data and networks so small that a training run takes a second, and the comparison of two runs to the last bit."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from utils import checkpoint, engine
+from utils.run import RESULTS
+
+CLOCK = ("seconds", "images_per_s")   # what two equal runs differ in
+
+
+def make_images(folder: Path, *, classes: int = 3, train: int = 16, test: int = 4, side: int = 32) -> Path:
+    """A folder data set of noise over a shade for each class."""
+    draw = np.random.default_rng(0)
+    for part, n in (("train", train), ("test", test)):
+        for label in range(classes):
+            (folder / part / f"class{label}").mkdir(parents=True)
+            for i in range(n):
+                pixels = draw.integers(0, 100, (side, side, 3)) + 50 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / part / f"class{label}" / f"{i}.png")
+    return folder
+
+
+def command(images: Path, result_dir: Path, *more: str) -> list[str]:
+    """Flags of a run with a network of two exits, 40 training images in batches of 8 and 8 held out."""
+    flags = ("--use-valid --valid_size 8 --arch msdnet_ge --nBlocks 2 --base 1 --step 1 --nChannels 4 --batch-size 8 --epochs 2 "
+             "--lr_milestones 1 --device cpu --threads 1 --print-freq 3")
+    return ["--dataset", "folder", "--data-root", str(images), "--result_dir", str(result_dir), *flags.split(), *more]
+
+
+def signal_at_step(monkeypatch: Any, step: int, number: int = signal.SIGTERM) -> None:
+    """Have this process send itself a signal in the middle of the `step`-th step from now, counted over all epochs."""
+    add, steps = engine.EpochFigures.add, iter(range(1, 10**9))
+
+    def add_and_signal(self, *arguments):
+        add(self, *arguments)
+        if next(steps) == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(engine.EpochFigures, "add", add_and_signal)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a run has left behind that an equal run leaves as well."""
+    latest, best = (checkpoint.load(folder / name) for name in (checkpoint.LATEST, checkpoint.BEST))
+    results = json.loads((folder / RESULTS).read_text())
+    del latest["training"]["config"]   # has the folder in it
+    return {"latest": latest, "best": best, "results": {name: results[name] for name in ("epochs", "best", "split_hash")},
+            "test": {name: results["test"][name] for name in ("top1", "top5")} if "test" in results else None}
+
+
+def differences(a: Any, b: Any, place: str = "") -> Iterator[str]:
+    """Places in two nested structures that are not the same to the last bit."""
+    if type(a) is not type(b):
+        yield f"{place}: {type(a).__name__} and {type(b).__name__}"
+    elif isinstance(a, dict):
+        for name in a.keys() | b.keys():
+            if name not in CLOCK:
+                yield from differences(a.get(name), b.get(name), f"{place}/{name}")
+    elif isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            yield f"{place}: {len(a)} and {len(b)} entries"
+        for i, pair in enumerate(zip(a, b)):
+            yield from differences(*pair, f"{place}/{i}")
+    elif isinstance(a, torch.Tensor):
+        if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a, b):
+            yield f"{place}: tensors differ"
+    elif a != b:
+        yield f"{place}: {a!r} and {b!r}"
+
+
+def one_line_error(capsys: Any, call: Callable[[], Any], code: int = 2) -> str:
+    """The one line on stderr with which `call` ends the program."""
+    try:
+        ended = call()
+    except SystemExit as error:
+        ended = error.code
+    message = capsys.readouterr().err
+    assert ended == code, f"exit code {ended}: {message}"
+    assert message.count("\n") == 1 and ": error: " in message, message
+    return message

@@ -1,0 +1,44 @@
+"""Train an early-exit network on ImageNet, or any folder of large images, on one or many GPUs.
+
+    torchrun --standalone --nproc_per_node=4 train_imagenet.py --data-root data/imagenet --result_dir runs/msdnet \\
+        --arch msdnet_ge --nBlocks 5 --step 7 --base 7 --nChannels 32 --growthRate 16 --grFactor 1-2-4-4 --bnFactor 1-2-4-4 \\
+        --epochs 90 --lr_milestones 30,60 --gpu 0,1,2,3
+    torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_imagenet.py ...
+    python train_imagenet.py ...                         # one process, CPU or GPU
+"""
+import sys
+
+from args import forbid, parse_args, require, require_unchanged
+from dataloader import build_data
+from utils.distributed import process_group, rank, world_size
+from utils.errors import STOPPED, user_errors
+from utils.run import choose_device, claim, find_run, stored_split
+from utils.signals import StopSignals
+from utils.trainer import prepare
+
+
+@user_errors()
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv, datasets=("imagenet", "folder"))
+    require(args, "result_dir")
+    forbid(args, "evaluate_from", "evalmode", "budget", "sweep", "flat_curve")
+    device = choose_device(args.device, args.gpu, args.threads)
+    with process_group(device, args.dist_backend), claim(args.result_dir):
+        saved = find_run(args.result_dir, args.resume)
+        if saved:
+            require_unchanged(args, saved["training"]["config"], epochs_done=saved["epoch"])
+        data = build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size,
+                          batch_size=args.batch_size, device=device, seed=args.seed, use_valid=args.use_valid,
+                          valid_size=args.valid_size, split=stored_split(saved), workers=args.workers,
+                          val_workers=args.val_workers, decoder=args.decoder, skip_unreadable=args.skip_unreadable,
+                          rank=rank(), world=world_size())
+        trainer = prepare(args, data, device, saved)
+        with StopSignals() as signals:
+            if not trainer.fit(signals):
+                return STOPPED
+            trainer.test()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""Early exit that really stops: rows leave the batch at their exit, and the rest of the network runs on what is left."""
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models import BoostedNet
+
+# Share of the running rows that must have left before the batch is made smaller.
+MIN_LEFT = 0.02
+
+
+class Exits(NamedTuple):
+    """Result for every row of a batch, in the order of the input.
+
+    Attributes:
+        prediction: (B,) int64, class with the largest F_n at the row's exit.
+        confidence: (B,) float32, its softmax probability.
+        exit: (B,) int64, exit the row left at, from 0.
+    """
+
+    prediction: Tensor
+    confidence: Tensor
+    exit: Tensor
+
+
+class EarlyExit:
+    """A boosted network that every input leaves at the first exit whose threshold its confidence reaches.
+
+        predict = EarlyExit(model, thresholds)             # thresholds from adaptive_inference.fit_thresholds
+        prediction, confidence, exit = predict(images)     # images (B, 3, H, W), any B
+
+    All rows run to exit 0 together. Rows that are confident enough leave, rows from the end of the batch take their places
+    (features, logits and all), and the shorter batch runs to exit 1, and so on. Per exit the host waits for the device at
+    most once, to learn which rows stay.
+
+    Args:
+        model: network as trained, or from `utils.inference.prepare_for_inference`. The state of its backbone's steps is
+            written to.
+        thresholds: (n_exits,), fitted in the same precision; the last one is not used, there everything leaves.
+        costs: (n_exits,) cumulative cost of every exit, in the unit of `max_cost`.
+        min_left: share of the running rows that must have left before the batch is made smaller.
+    Raises:
+        ValueError: when there is not one threshold, not NaN, and one rising cost per exit.
+    """
+
+    def __init__(self, model: BoostedNet, thresholds: Sequence[float] | np.ndarray | Tensor,
+                 costs: Sequence[float] | np.ndarray | Tensor | None = None, *, min_left: float = MIN_LEFT) -> None:
+        if not isinstance(model, BoostedNet):
+            raise ValueError(f"EarlyExit runs a BoostedNet, got {type(model).__name__}; wrap a backbone: "
+                             "BoostedNet(backbone, temperatures)")
+        self.model, self.min_left = model, min_left
+        self.thresholds = _float32_thresholds(thresholds, model.n_exits)
+        self.costs = None if costs is None else _as_list(costs)
+        if self.costs is not None and (len(self.costs) != model.n_exits or not _rises(self.costs)):
+            raise ValueError(f"costs must be {model.n_exits} positive, rising numbers, one per exit, got {self.costs}")
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor, max_cost: float | None = None, deadline_ms: float | None = None) -> Exits:
+        """Classify a batch.
+
+        Args:
+            x: images (B, 3, H, W), B from 0 on.
+            max_cost: no step is begun whose exit costs more than this per row; the rows that are left then get the result
+                of the exit they have reached. Exit 0 always runs.
+            deadline_ms: no step is begun later than this many milliseconds after the call; exit 0 always runs.
+        Raises:
+            ValueError: for a limit that is NaN or negative, or `max_cost` without costs.
+        """
+        last = self._last_affordable_exit(max_cost)
+        deadline = _Deadline(deadline_ms, x.device)
+        if not self.model.training:
+            return self._run(x, last, deadline)
+        self.model.eval()
+        try:
+            return self._run(x, last, deadline)
+        finally:
+            self.model.train()
+
+    def _run(self, x: Tensor, last: int, deadline: _Deadline) -> Exits:
+        backbone, running = self.model.backbone, _Running(x)
+        if len(x) == 0:
+            return running.results
+        state, scores, reached = backbone.start(x), None, 0
+        for n, threshold in enumerate(self.thresholds[:last + 1]):
+            if n > 0 and deadline.passed():
+                break
+            logits, state = backbone.step(n, state)
+            scores, reached = self.model.add(n, logits, scores), n
+            if n == last or threshold == -math.inf:
+                break
+            if threshold == math.inf:   # nobody leaves, whatever the confidence
+                continue
+            confidence = _confidence(scores)
+            stays = running.present((confidence < threshold).cpu().numpy())   # here the host waits for the device
+            deadline.waited()
+            n_left = len(stays) - np.count_nonzero(stays)
+            if n_left == running.n_left:
+                continue
+            running.write(n, scores, confidence)
+            if n_left == len(stays):
+                return running.results
+            if n_left >= self.min_left * len(stays):
+                state, scores = running.shrink(stays, [state, scores])
+            else:
+                running.mark(stays, n_left)
+        running.write(reached, scores, _confidence(scores))
+        return running.results
+
+    def _last_affordable_exit(self, max_cost: float | None) -> int:
+        if max_cost is None:
+            return self.model.n_exits - 1
+        if self.costs is None:
+            raise ValueError("max_cost needs the costs of the exits; pass them to EarlyExit(model, thresholds, costs)")
+        _check_limit("max_cost", max_cost)
+        return max([0, *(n for n, cost in enumerate(self.costs) if cost <= max_cost)])
+
+
+class _Running:
+    """The rows of the running batch: where they stand in the input, and the results written so far.
+
+    Rows that have left but still run along, because making the batch smaller did not pay, stand at a spare place behind
+    the last: one write per exit then serves all rows, and an earlier result is never overwritten.
+
+    Attributes:
+        n_left: rows of the running batch that have left.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.images, self.device = x, x.device
+        self.places = np.arange(len(x))
+        self.spare, self.n_left = len(x), 0
+        self._prediction, self._exit = (torch.empty(len(x) + 1, dtype=torch.int64, device=x.device) for _ in range(2))
+        self._confidence = torch.empty(len(x) + 1, dtype=torch.float32, device=x.device)
+
+    @property
+    def results(self) -> Exits:
+        return Exits(self._prediction[:-1], self._confidence[:-1], self._exit[:-1])
+
+    def present(self, stays: np.ndarray) -> np.ndarray:
+        """`stays` without the rows that have left before."""
+        return stays & (self.places != self.spare) if self.n_left else stays
+
+    def write(self, n: int, scores: Tensor, confidence: Tensor) -> None:
+        """Note exit n for all rows; those that stay are overwritten by a later exit."""
+        places = self._index(self.places)
+        self._prediction.index_copy_(0, places, scores.argmax(dim=1))
+        self._confidence.index_copy_(0, places, confidence)
+        self._exit.index_fill_(0, places, n)
+
+    def mark(self, stays: np.ndarray, n_left: int) -> None:
+        """Let the rows that leave run along."""
+        self.places, self.n_left = np.where(stays, self.places, self.spare), n_left
+
+    def shrink(self, stays: np.ndarray, state: Any) -> Any:
+        """The state without the rows that leave.
+
+        Only rows behind the new end move, into the gaps: never more of them than leave, and into memory that is there.
+        """
+        end = int(np.count_nonzero(stays))
+        gaps, movers = np.flatnonzero(~stays[:end]), end + np.flatnonzero(stays[end:])
+        self.places[gaps] = self.places[movers]
+        self.places, self.n_left = self.places[:end], 0
+        return self._move(state, self._index(gaps), self._index(movers), end)
+
+    def _move(self, state: Any, gaps: Tensor, movers: Tensor, end: int) -> Any:
+        if isinstance(state, Tensor):
+            if len(gaps):
+                if state.untyped_storage().data_ptr() == self.images.untyped_storage().data_ptr():
+                    state = state.clone()   # the caller's images are not ours to write to
+                state.index_copy_(0, gaps, state.index_select(0, movers))
+            return state[:end]
+        if isinstance(state, dict):
+            return {name: self._move(value, gaps, movers, end) for name, value in state.items()}
+        return [self._move(value, gaps, movers, end) for value in state]
+
+    def _index(self, places: np.ndarray) -> Tensor:
+        return torch.from_numpy(places).to(self.device, non_blocking=True)
+
+
+class _Deadline:
+    """Whether a number of milliseconds has passed since now, on the host's clock with the device's work done."""
+
+    def __init__(self, milliseconds: float | None, device: torch.device) -> None:
+        if milliseconds is not None:
+            _check_limit("deadline_ms", milliseconds)
+        self.end = None if milliseconds is None else time.perf_counter() + milliseconds / 1e3
+        self.device, self.up_to_date = device, False
+
+    def waited(self) -> None:
+        """The host has just waited for the device."""
+        self.up_to_date = True
+
+    def passed(self) -> bool:
+        if self.end is None:
+            return False
+        if self.device.type == "cuda" and not self.up_to_date:
+            torch.cuda.synchronize(self.device)
+        self.up_to_date = False
+        return time.perf_counter() >= self.end
+
+
+def _confidence(scores: Tensor) -> Tensor:
+    return scores.float().softmax(dim=1).amax(dim=1)
+
+
+def _as_list(values: Any) -> list[float]:
+    return torch.as_tensor(values if isinstance(values, Tensor) else np.asarray(values)).double().flatten().tolist()
+
+
+def _rises(costs: list[float]) -> bool:
+    return costs[0] > 0 and math.isfinite(costs[-1]) and all(a <= b for a, b in zip(costs[:-1], costs[1:]))
+
+
+def _float32_thresholds(thresholds: Any, n_exits: int) -> list[float]:
+    """Thresholds as float32 numbers with which float32 confidences compare as with the exact ones."""
+    exact = np.asarray(_as_list(thresholds))
+    if exact.shape != (n_exits,) or np.isnan(exact).any():
+        raise ValueError(f"thresholds must be {n_exits} numbers, one for each exit, got {exact.tolist()}")
+    with np.errstate(over="ignore"):   # what overflows becomes an infinity, with the same meaning
+        rounded = exact.astype(np.float32)
+    return np.where(rounded < exact, np.nextafter(rounded, np.float32(np.inf)), rounded).tolist()
+
+
+def _check_limit(name: str, value: float) -> None:
+    if not value >= 0:   # refuses NaN as well
+        raise ValueError(f"{name} must be a number from 0 on, got {value}")

@@ -1,0 +1,50 @@
+"""Signals that ask a run to stop: noted when they come, answered by the training loop between two steps."""
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopSignals:
+    """Takes note of SIGTERM, SIGINT and SIGUSR1 inside its `with` block; a second SIGINT raises KeyboardInterrupt at once.
+
+    Attributes:
+        received: name of the first signal that came, None before.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._interrupted = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():   # Python allows handlers nowhere else
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+        self.received = self.received or signal.Signals(number).name
+        # print() must not be called here: the signal may have come in the middle of another print().
+        os.write(2, f"\n{self.received}: finishing this step, then saving (Ctrl-C twice leaves at once)\n".encode())
+
+
+def leave_signals_to_parent(worker: int = 0) -> None:
+    """For processes that load data: what a scheduler or Ctrl-C sends to the whole job, the training loop answers.
+
+    Only the first SIGTERM is ignored. It is also how a parent ends a process that hangs, and it tries more than once.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
