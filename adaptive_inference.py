@@ -9,14 +9,21 @@ Budgeted batch prediction (MSDNet, arXiv:1703.09844; BoostNet, arXiv:2211.16726,
 `confidence` is the largest softmax probability at every exit, (n_exits, N) float; `correct` says whether that exit's
 prediction is right, (n_exits, N) bool; both may be NumPy arrays or torch tensors. Results are NumPy arrays and Python
 floats. Costs are cumulative: entry k is what an input pays that leaves at exit k. `budget_curve` and `released_curve`
-run the steps for a whole curve.
+run the steps for a whole curve. All this looks at confidences that are there already; `EarlyExit` runs a network that stops:
+
+    prediction, confidence, exit = EarlyExit(model, thresholds)(images)
 """
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
+from utils.early_exit import EarlyExit, Exits
 from utils.errors import UserError
+
+__all__ = ["EarlyExit", "Exits", "budget_curve", "budget_grid", "combine_sizes", "curve_position", "evaluate_thresholds",
+           "exit_index", "exit_shares", "fit_thresholds", "flatten", "mean_cost", "released_curve", "released_sweep",
+           "solve_exit_rate"]
 
 BUDGET_TOLERANCE = 1e-9  # relative; for Newton's stop and for budgets a rounding error outside the reachable range
 RELEASED_NOBODY = 1e8  # the released program's threshold that no confidence reaches; its negative lets everybody leave
@@ -30,7 +37,7 @@ def mean_cost(p: float, cumulative_costs: Sequence[float]) -> float:
     return float(cost_of_stage @ (1.0 - p) ** np.arange(cost_of_stage.size))
 
 
-def solve_exit_rate(cumulative_costs: Sequence[float], budget: float) -> float:
+def solve_exit_rate(cumulative_costs: Sequence[float], budget: float, *, unit: str = "MACs") -> float:
     """The exit rate p of eq. 9 whose average cost is `budget`, by Newton-Raphson from p = 0.
 
     The average cost falls with p and is convex, so steps from p = 0 approach the solution from below and never pass it.
@@ -38,6 +45,7 @@ def solve_exit_rate(cumulative_costs: Sequence[float], budget: float) -> float:
     Args:
         cumulative_costs: (n_exits,), positive, not falling.
         budget: average cost per input, in the same unit, between the costs of the first and of the last exit.
+        unit: what the message of an error calls it.
     Returns:
         p in [0, 1]: 0 sends everything to the last exit, 1 stops everything at the first.
     Raises:
@@ -46,7 +54,7 @@ def solve_exit_rate(cumulative_costs: Sequence[float], budget: float) -> float:
     costs = _check_costs(cumulative_costs)
     lowest, highest = float(costs[0]), float(costs[-1])
     if not lowest * (1 - BUDGET_TOLERANCE) <= budget <= highest * (1 + BUDGET_TOLERANCE):  # refuses NaN as well
-        raise UserError(f"budget {budget:.10g} is out of range: this model spends {lowest:.10g} to {highest:.10g} MACs "
+        raise UserError(f"budget {budget:.10g} is out of range: this model spends {lowest:.10g} to {highest:.10g} {unit} "
                         "per image, the costs of its first and of its last exit")
     if budget <= lowest or lowest == highest:
         return 1.0
@@ -212,9 +220,9 @@ def combine_sizes(curves: Sequence[dict]) -> list[dict]:
     for key, remedy in (("split_hash", "hold the same images out of training for all sizes"),
                         ("family", "evaluate all sizes with the same sweep"),
                         ("flat", "evaluate all sizes with or all without --flat_curve")):
-        found = {curve["name"]: curve[key] for curve in curves}
-        if len(set(found.values())) > 1 or None in found.values():
-            listing = ", ".join(f"{name}: {str(value)[:12]}" for name, value in found.items())
+        found = [curve[key] for curve in curves]
+        if len(set(found)) > 1 or None in found:
+            listing = ", ".join(f"{curve['name']}: {str(curve[key])[:12]}" for curve in curves)
             raise UserError(f"these runs differ in {key} and cannot be combined ({listing}); {remedy}")
 
     sizes = [sorted(curve["points"], key=curve_position) for curve in curves]

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from utils.catalog import DATASETS
-from utils.cli import OneLineParser, Rule, each, list_of, number, rising, shown, true_false, whole
+from utils.cli import OneLineParser, Rule, each, is_path, list_of, number, rising, shown, true_false, whole
 
 IMAGE_SIZES = (32, 224)
 DECODERS = ("pillow", "torchcodec")   # those of utils/decoders.py, which need torch
@@ -32,6 +32,14 @@ NETWORK = frozenset((
 ))
 
 per_scale = list_of(whole, "-", "1-2-4")
+
+
+class Milliseconds(float):
+    """A budget in milliseconds per image, on the command line with its unit: 3.5ms."""
+
+
+def budget(text: str) -> float:
+    return Milliseconds(number(text.strip()[:-2])) if text.strip().endswith("ms") else number(text)
 
 
 def build_parser(datasets: Sequence[str] = tuple(DATASETS)) -> OneLineParser:
@@ -159,11 +167,18 @@ def build_parser(datasets: Sequence[str] = tuple(DATASETS)) -> OneLineParser:
     add("--evaluate-from", metavar="FILE",
         help="checkpoint to evaluate; network, method, temperatures and split come from it, and a flag that "
              "contradicts it is an error")
-    add("--evalmode", choices=("anytime", "dynamic"), default="anytime",
-        help="anytime: accuracy of every exit; dynamic: budgeted batch (default: anytime; dynamic where --budget or "
-             "--sweep is given)")
-    add("--budget", type=list_of(number, ",", "40e6,60e6"), metavar="X[,X]",
-        help="dynamic: mean MACs per image to solve for (default: 40 budgets from the first to the last exit's cost)")
+    add("--evalmode", choices=("anytime", "dynamic", "realtime"), default="anytime",
+        help="anytime: accuracy of every exit; dynamic: budgeted batch, simulated; realtime: the same, with images that "
+             "really leave, and timed (default: anytime; dynamic where --budget or --sweep is given; realtime for "
+             "budgets in time)")
+    add("--budget", type=list_of(budget, ",", "40e6,60e6 or 3.5ms"), metavar="X[,X]",
+        help="dynamic, realtime: mean cost per image to solve for, MACs or milliseconds such as 3.5ms (default: 40, in "
+             "real time 5, budgets between the costs of the first and of the last exit)")
+    add("--cost", choices=("macs", "latency"), default="macs",
+        help="what budgets count; latency measures every exit on this device, with batches of --batch-size, and runs "
+             "--evalmode realtime (default: macs; latency for budgets in milliseconds)")
+    add("--images", nargs="+", metavar="PATH",
+        help="classify these image files and say at which exit each one left; takes one --budget in MACs")
     add("--sweep", choices=("released",), help="dynamic: the 39 exit distributions of the authors' program instead")
     add("--flat_curve", action="store_true",
         help="dynamic: keep the previous thresholds where a larger budget does not raise hold-out accuracy")
@@ -182,7 +197,7 @@ def build_parser(datasets: Sequence[str] = tuple(DATASETS)) -> OneLineParser:
 FREE_ON_RESUME = frozenset((
     "result_dir", "tensorboard_dir", "data_root", "resume", "checkpoint", "start_epoch", "workers", "val_workers", "device",
     "gpu", "threads", "deterministic", "print_freq", "on_nan", "skip_unreadable", "distributed", "dist_backend", "local_rank",
-    "bnAfter", "evaluate_from", "evalmode", "budget", "sweep", "flat_curve", "save_suffix",
+    "bnAfter", "evaluate_from", "evalmode", "budget", "cost", "images", "sweep", "flat_curve", "save_suffix",
 ))
 
 
@@ -214,9 +229,11 @@ def _fits_images(args: Namespace, n_scales: int) -> bool:
 # What only shows while a network is built (a width that ends at 0, say) the model refuses with a ValueError.
 RULES: tuple[Rule, ...] = (
     *each("nBlocks base step nChannels growthRate grFactor bnFactor block_step scale_list epochs batch_size "
-          "print_freq threads valid_size lr_milestones", lambda x: x >= 1, "at least 1"),
-    *each("start_epoch workers val_workers local_rank weight_decay ensemble_reweight", lambda x: x >= 0, "at least 0"),
-    *each("lr_f budget", lambda x: x > 0, "above 0"),
+          "print_freq valid_size lr_milestones", lambda x: 1 <= x <= 1_000_000, "at least 1 and at most 1000000"),
+    *each("threads", lambda x: 1 <= x <= 1024, "at least 1 and at most 1024"),
+    *each("start_epoch workers val_workers local_rank", lambda x: 0 <= x <= 1_000_000, "at least 0 and at most 1000000"),
+    *each("weight_decay ensemble_reweight", lambda x: 0 <= x <= 1e30, "at least 0 and at most 1e30"),
+    *each("lr_f budget", lambda x: 0 < x <= 1e30, "above 0 and at most 1e30"),
     *each("seed", lambda x: 0 <= x < 2**32, "from 0 to 4294967295"),
     *each("momentum", lambda x: 0 <= x < 1, "at least 0 and below 1"),
     *each("decay_rate reduction", lambda x: 0 < x <= 1, "above 0 and at most 1"),
@@ -224,8 +241,8 @@ RULES: tuple[Rule, ...] = (
     *each("image_size", lambda x: x in IMAGE_SIZES, "32 or 224"),
     *each("gpu", lambda x: re.fullmatch(r"[0-9]+(,[0-9]+)*", x) and len(set(x.split(","))) == x.count(",") + 1,
           "different device numbers such as 0 or 0,1 (--device cpu for none)"),
-    *each("save_suffix", lambda x: not re.search(r"[/\\\0]", x), "a part of a file name, without / and \\"),
-    *each("result_dir tensorboard_dir checkpoint data_root evaluate_from", lambda x: x != "", "a path"),
+    *each("save_suffix", lambda x: is_path(f"_{x}") and not re.search(r"[/\\]", x), "a part of a file name, without / and \\"),
+    *each("result_dir tensorboard_dir checkpoint data_root evaluate_from", is_path, "a path"),
     # Data.
     Rule(("image_size", "dataset"),
          lambda a: DATASETS[a.dataset].image_size in (None, a.image_size),
@@ -322,10 +339,22 @@ RULES: tuple[Rule, ...] = (
     Rule(("budget", "sweep"),
          lambda a: not (a.budget and a.sweep),
          lambda a: "chooses the budgets, --sweep has its own exit distributions; give one of them"),
-    *(Rule((name, "evalmode"),
-           lambda a, n=name: not getattr(a, n) or a.evalmode == "dynamic",
-           lambda a: f"has no meaning with --evalmode {a.evalmode}; use --evalmode dynamic")
-      for name in ("budget", "sweep", "flat_curve")),
+    Rule(("budget", "cost"),
+         lambda a: all(isinstance(x, Milliseconds) == (a.cost == "latency") for x in a.budget or []),
+         lambda a: f"--cost {a.cost} takes budgets in {'milliseconds, such as 3.5ms' if a.cost == 'latency' else 'MACs'}"),
+    Rule(("cost", "evalmode"),
+         lambda a: a.cost == "macs" or a.evalmode != "anytime",
+         lambda a: "budgets in time have no meaning with --evalmode anytime; use --evalmode realtime"),
+    Rule(("budget", "evalmode"),
+         lambda a: not a.budget or a.evalmode != "anytime",
+         lambda a: "has no meaning with --evalmode anytime; use --evalmode dynamic or realtime"),
+    *(Rule((name, "evalmode", "cost"),
+           lambda a, n=name: not getattr(a, n) or (a.evalmode == "dynamic" and a.cost == "macs"),
+           lambda a: f"has no meaning with --evalmode {a.evalmode} --cost {a.cost}; it belongs to --evalmode dynamic in MACs")
+      for name in ("sweep", "flat_curve")),
+    Rule(("images", "budget", "cost", "sweep", "flat_curve"),
+         lambda a: not a.images or not (len(a.budget or []) > 1 or a.cost == "latency" or a.sweep or a.flat_curve),
+         lambda a: "takes at most one --budget, in MACs, and neither --sweep nor --flat_curve"),
 )
 
 
@@ -357,8 +386,10 @@ def _fill_in(args: Namespace) -> None:
         args.image_size = dataset.image_size or IMAGE_SIZES[0]
     if args.valid_size is None:
         args.valid_size = dataset.valid_size
-    if args.evalmode == "anytime" and "evalmode" not in args.explicit and (args.budget or args.sweep or args.flat_curve):
-        args.evalmode = "dynamic"
+    if "cost" not in args.explicit and any(isinstance(value, Milliseconds) for value in args.budget or []):
+        args.cost = "latency"
+    if "evalmode" not in args.explicit and (args.cost == "latency" or args.budget or args.sweep or args.flat_curve):
+        args.evalmode = "realtime" if args.cost == "latency" else "dynamic"
 
 
 def require(args: Namespace, *names: str) -> None:

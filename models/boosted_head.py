@@ -1,6 +1,7 @@
 """The additive head of BoostNet: every exit corrects the frozen, reweighted sum of the exits before it."""
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ class BoostedNet(nn.Module):
         self.trainable_ensemble = trainable_ensemble
         if len(self.temperatures) != backbone.n_exits:
             raise ValueError(f"{len(self.temperatures)} temperatures for {backbone.n_exits} exits; give one per exit")
+        if not all(map(math.isfinite, self.temperatures)):
+            raise ValueError(f"temperatures must be finite, got {self.temperatures}")
 
     @property
     def n_exits(self) -> int:

@@ -44,23 +44,37 @@ def _convolutions(module: nn.Module) -> list[nn.Conv2d]:
     return [m for m in module.modules() if isinstance(m, nn.Conv2d)]
 
 
-def _convolve(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    if len(x) == 1 and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-        # For one image oneDNN's call costs more than the work: 59 us against 19 us for 6 channels of 32x32.
-        return torch.ops.aten.thnn_conv2d(x, convolution.weight, convolution.kernel_size, convolution.bias,
-                                          convolution.stride, convolution.padding)
-    return F.conv2d(x, convolution.weight, convolution.bias, convolution.stride, convolution.padding)
+# For one image oneDNN's call costs more than its work (6 channels of 32x32: 59 us against 19 us); this is the routine that
+# PyTorch's convolution takes without oneDNN.
+_small_convolution = getattr(torch._C._nn, "thnn_conv2d", None)
+
+
+class Convolution(nn.Module):
+    """A convolution with less overhead for single images."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = convolution.weight, convolution.bias
+        self.in_width, self.out_width, self.stride = convolution.in_channels, convolution.out_channels, convolution.stride
+        # Outside the module's own registers, where looking them up costs as much as a small operation.
+        self._arguments = self.weight, self.bias, self.stride, convolution.padding, convolution.kernel_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, stride, padding, kernel = self._arguments
+        if len(x) == 1 and not x.is_cuda and _small_convolution and not torch.is_autocast_enabled("cpu"):
+            return _small_convolution(x, weight, kernel, bias, stride, padding)
+        return F.conv2d(x, weight, bias, stride, padding)
 
 
 def _rectify_into(buffer: Tensor, channel: int, x: Tensor) -> None:
     """Write relu(x) to the channels of `buffer` from `channel` on."""
-    torch.clamp_min(x, 0, out=buffer[:, channel:channel + x.shape[1]])
+    torch.clamp_min(x, 0, out=buffer.narrow(1, channel, x.size(1)))
 
 
 def _room_for(x: Tensor, channels: int) -> Tensor:
     """A buffer of `channels` channels that begins with those of x."""
     buffer = x.new_empty(len(x), channels, *x.shape[2:])
-    buffer[:, :x.shape[1]] = x
+    buffer.narrow(1, 0, x.size(1)).copy_(x)
     return buffer
 
 
@@ -73,16 +87,23 @@ class Pointwise(nn.Module):
 
     def __init__(self, convolutions: Sequence[nn.Conv2d]) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.cat([c.weight.detach().flatten(1) for c in convolutions])[None].contiguous())
-        self.register_buffer("bias", torch.cat([c.bias.detach() for c in convolutions])[None, :, None].contiguous())
+        weight = torch.cat([c.weight.detach().flatten(1) for c in convolutions])[None]
+        bias = torch.cat([c.bias.detach() for c in convolutions])[None, :, None]
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
         self.in_width, self.widths = convolutions[0].in_channels, [c.out_channels for c in convolutions]
+        self._arguments = self.weight, self.bias
+        self._parts = [(sum(self.widths[:i]), width) for i, width in enumerate(self.widths)]
 
     def forward(self, buffer: Tensor) -> list[Tensor]:
         """Outputs of all convolutions for the first channels of `buffer`."""
+        weight, bias = self._arguments
         n, _, height, width = buffer.shape
-        x = buffer[:, :self.in_width].flatten(2)
-        out = torch.baddbmm(self.bias, self.weight.expand(n, -1, -1), x).view(n, -1, height, width)
-        return [out.relu_()] if len(self.widths) == 1 else [F.relu(part) for part in out.split(self.widths, dim=1)]
+        x = buffer.narrow(1, 0, self.in_width).flatten(2)
+        out = torch.baddbmm(bias, weight.expand(n, -1, -1), x).view(n, -1, height, width)
+        if n == 1 or len(self._parts) == 1:   # parts of one image lie in one piece
+            out.relu_()
+            return [out] if len(self._parts) == 1 else [out.narrow(1, start, size) for start, size in self._parts]
+        return [out.narrow(1, start, size).relu() for start, size in self._parts]
 
 
 class Prefix(nn.Module):
@@ -93,7 +114,7 @@ class Prefix(nn.Module):
         self.in_width, self.n_readers = in_width, n_readers
 
     def forward(self, buffer: Tensor) -> list[Tensor]:
-        return [buffer[:, :self.in_width]] * self.n_readers
+        return [buffer.narrow(1, 0, self.in_width)] * self.n_readers
 
 
 def _reader(bottlenecks: Sequence[nn.Module]) -> nn.Module:
@@ -109,14 +130,12 @@ class GrowingClassifier(nn.Module):
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
-        self.convolutions, self.linear = nn.ModuleList(_convolutions(classifier)), classifier.linear
-        self.in_width = self.convolutions[0].in_channels
+        self.first, self.second = (Convolution(c) for c in _convolutions(classifier))
+        self.linear = classifier.linear
 
     def forward(self, buffer: Tensor) -> Tensor:
-        x = buffer[:, :self.in_width]
-        for convolution in self.convolutions:
-            x = _convolve(convolution, x).relu_()
-        return self.linear(F.avg_pool2d(x, 2).flatten(1))
+        x = self.first(buffer.narrow(1, 0, self.first.in_width)).relu_()
+        return self.linear(F.avg_pool2d(self.second(x).relu_(), 2).flatten(1))
 
 
 class GrowingLayer(nn.Module):
@@ -128,7 +147,8 @@ class GrowingLayer(nn.Module):
         scales = list(layer.layers)
         n_in = len(scales) + self.dropped
         readers_of: list[list[nn.Module]] = [[] for _ in range(n_in)]
-        convolutions, self.writes = [], []   # per convolution: input scale, which of its readers, output scale, channel
+        convolutions: list[nn.Module] = []
+        self._writes = []   # convolution, its input scale, place among that scale's readers, output scale, channel
         self.out_widths = []
         for scale, dense in enumerate(scales, start=self.dropped):
             channel = _convolutions(dense.conv_normal)[0].in_channels
@@ -136,22 +156,23 @@ class GrowingLayer(nn.Module):
             if dense.reads_finer:
                 inputs.insert(0, (scale - 1, dense.conv_down))
             for source, bottleneck in inputs:
-                convolutions.append(_convolutions(bottleneck)[-1])
-                self.writes.append((source, len(readers_of[source]), scale, channel))
+                convolutions.append(Convolution(_convolutions(bottleneck)[-1]))
+                self._writes.append((convolutions[-1].forward, source, len(readers_of[source]), scale, channel))
                 readers_of[source].append(bottleneck)
-                channel += convolutions[-1].out_channels
+                channel += convolutions[-1].out_width
             self.out_widths.append(channel)
         self.convolutions = nn.ModuleList(convolutions)
         self.readers = nn.ModuleList(_reader(bottlenecks) for bottlenecks in readers_of)
+        self._read = [reader.forward for reader in self.readers]
 
     def room_before(self, room: Sequence[int] | None) -> list[int]:
         """Channels that the input maps need room for, where the output maps need `room` (None: what they have)."""
         return [reader.in_width for reader in self.readers[:self.dropped]] + list(room or self.out_widths)
 
     def forward(self, scales: list[Tensor]) -> list[Tensor]:
-        read = [reader(buffer) for reader, buffer in zip(self.readers, scales)]
-        for convolution, (source, reader, target, channel) in zip(self.convolutions, self.writes):
-            _rectify_into(scales[target], channel, _convolve(convolution, read[source][reader]))
+        inputs = [read(buffer) for read, buffer in zip(self._read, scales)]
+        for convolve, source, place, target, channel in self._writes:
+            _rectify_into(scales[target], channel, convolve(inputs[source][place]))
         return scales[self.dropped:]
 
 
@@ -161,7 +182,8 @@ class GrowingTransition(nn.Module):
     def __init__(self, transition: Transition, room: Sequence[int] | None) -> None:
         super().__init__()
         self.m = nn.ModuleList(Pointwise(_convolutions(conv)) for conv in transition.m)
-        self.room = list(room or (conv.widths[0] for conv in self.m))
+        self.out_widths = [conv.widths[0] for conv in self.m]
+        self.room = list(room or self.out_widths)
 
     def room_before(self) -> list[int]:
         return [conv.in_width for conv in self.m]
@@ -209,6 +231,10 @@ class GrowingMSDNet(nn.Module):
             scales = layer(scales)
         return self.classifier[n](scales[-1]), scales
 
+    def live(self, n: int, state: list[Tensor]) -> list[Tensor]:
+        """The channels of the state after step n that have been written."""
+        return [buffer[:, :width] for buffer, width in zip(state, self.blocks[n][-1].out_widths)]
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """Raw logits (B, num_classes) of every exit."""
         return _all_exits(self, x)
@@ -222,37 +248,40 @@ class GrowingBlock(nn.Module):
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        self.fuses, layers = block.fuses, list(block.layers)
+        layers = list(block.layers)
+        fusion_layers = [layer for layer in layers if isinstance(layer, FusionLayer)]
         self.own = nn.ModuleList(_reader([layer.conv_normal]) for layer in layers)
-        self.own_convolutions = nn.ModuleList(_convolutions(layer.conv_normal)[-1] for layer in layers)
-        self.fused = nn.ModuleList(_reader([layer.conv_up]) for layer in layers if isinstance(layer, FusionLayer))
-        self.fused_convolutions = nn.ModuleList(
-            _convolutions(layer.conv_up)[-1] for layer in layers if isinstance(layer, FusionLayer))
+        self.own_convolutions = nn.ModuleList(Convolution(_convolutions(layer.conv_normal)[-1]) for layer in layers)
+        self.fused = nn.ModuleList(_reader([layer.conv_up]) for layer in fusion_layers)
+        self.fused_convolutions = nn.ModuleList(Convolution(_convolutions(layer.conv_up)[-1]) for layer in fusion_layers)
         self.last = Pointwise(_convolutions(block.conv_last)) if block.fuses else None
         self.transition = Pointwise(_convolutions(block.trans)) if block.has_transition else None
         self.widths = block.list_widths
         self.halves = self.own_convolutions[-1].stride == (2, 2)
         self.room = self.widths[-1] + (self.last.widths[0] if block.fuses else 0)
+        n = len(layers)
+        self._layers = list(zip(self.widths, *([module.forward for module in modules] or [None] * n for modules in (
+            self.own, self.own_convolutions, self.fused, self.fused_convolutions)), [False] * (n - 1) + [self.halves]))
 
     def forward(self, x: Tensor, coarser: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         """Return (output map, buffers) for the buffers of the coarser sub-network's block with the same index."""
-        buffers = [_room_for(x, self.widths[-2] if self.halves else self.room)]
-        last = len(self.own) - 1
-        for i, width in enumerate(self.widths[:-1]):
-            own = _convolve(self.own_convolutions[i], self.own[i](buffers[-1])[0])
-            if i == last and self.halves:
-                buffers.append(_room_for(_resize(buffers[0], own.shape[2:]), self.room))
-            if self.fuses:
-                # The bottleneck's input is entry i of the coarser list: a prefix of its first buffer, but for the last
-                # entry, which no layer reads.
-                up = _convolve(self.fused_convolutions[i], self.fused[i](coarser[0])[0]).relu_()
-                buffers[-1][:, width:width + up.shape[1]] = _resize(up, own.shape[2:])
-                width += up.shape[1]
-            _rectify_into(buffers[-1], width, own)
-        out = buffers[-1]
-        if self.fuses:
-            out[:, self.widths[-1]:] = _resize(self.last(coarser[-1])[0], out.shape[2:])
-        return (self.transition(out)[0] if self.transition else out), buffers
+        buffer = _room_for(x, self.widths[-2] if self.halves else self.room)
+        buffers = [buffer]
+        for width, read, convolve, read_coarser, convolve_coarser, halves in self._layers:
+            own = convolve(read(buffer)[0])
+            if halves:
+                buffer = _room_for(_resize(buffer, own.shape[2:]), self.room)
+                buffers.append(buffer)
+            if read_coarser:
+                # Layer i reads entry i of the coarser list, a prefix of its first buffer: only the entry behind the last
+                # layer can be in a second one.
+                up = convolve_coarser(read_coarser(coarser[0])[0]).relu_()
+                buffer.narrow(1, width, up.size(1)).copy_(_resize(up, own.shape[2:]))
+                width += up.size(1)
+            _rectify_into(buffer, width, own)
+        if self.last:
+            buffer[:, self.widths[-1]:] = _resize(self.last(coarser[-1])[0], buffer.shape[2:])
+        return (self.transition(buffer)[0] if self.transition else buffer), buffers
 
 
 class GrowingRANet(nn.Module):

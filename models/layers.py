@@ -127,3 +127,17 @@ def map_sizes(image_size: int) -> tuple[int, int]:
     if image_size not in (32, 224):
         raise ValueError(f"image_size is {image_size}; the networks are defined for 32 and 224")
     return (32, 8) if image_size == 32 else (56, 7)
+
+
+def check_positive(**values: int | list[int]) -> None:
+    """Raise ValueError, naming it, for a value (or a list with one) that is not a whole number of at least 1."""
+    for name, value in values.items():
+        entries = value if isinstance(value, list) else [value]
+        if not entries or not all(isinstance(entry, int) and entry >= 1 for entry in entries):
+            raise ValueError(f"{name} is {value}; it takes whole numbers of at least 1")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError, naming it, for a value that is not one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.layers import Bottleneck, Classifier, ConvBNReLU, Stem, map_sizes, rescale_at_exit
+from models.layers import Bottleneck, Classifier, ConvBNReLU, Stem, check_choice, check_positive, map_sizes, rescale_at_exit
 
 State = list[Tensor]   # one feature map per scale still carried, finest first
 
@@ -92,6 +92,10 @@ class MSDNet(nn.Module):
                  image_size: int = 32, rescale_gradients: bool = False) -> None:
         super().__init__()
         gr_factor, bn_factor = list(gr_factor), list(bn_factor)
+        check_positive(n_blocks=n_blocks, n_channels=n_channels, base=base, step=step, growth_rate=growth_rate,
+                       num_classes=num_classes, gr_factor=gr_factor, bn_factor=bn_factor)
+        check_choice("step_mode", step_mode, ("even", "lin_grow"))
+        check_choice("prune", prune, ("max", "min"))
         n_scales = len(gr_factor)
         if len(bn_factor) != n_scales:
             raise ValueError(f"grFactor has {n_scales} values, bnFactor {len(bn_factor)}; give one of each per scale")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import Bottleneck, Classifier, ConvBNReLU, Stem, map_sizes, rescale_at_exit
+from models.layers import Bottleneck, Classifier, ConvBNReLU, Stem, check_choice, check_positive, map_sizes, rescale_at_exit
 
 # What a step hands to the next one:
 #   stem      features that the sub-networks still to come start from, coarsest first (before exit 0: the image alone)
@@ -131,6 +131,9 @@ class RANet(nn.Module):
                  rescale_gradients: bool = False) -> None:
         super().__init__()
         scale_list, gr_factor, bn_factor = list(scale_list), list(gr_factor), list(bn_factor)
+        check_positive(n_blocks=n_blocks, block_step=block_step, step=step, n_channels=n_channels, growth_rate=growth_rate,
+                       num_classes=num_classes, scale_list=scale_list, gr_factor=gr_factor, bn_factor=bn_factor)
+        check_choice("step_mode", step_mode, ("even", "lin_grow"))
         n_subnets = len(scale_list)
         if not len(gr_factor) == len(bn_factor) == n_subnets:
             raise ValueError(f"scale-list has {n_subnets} values, grFactor {len(gr_factor)}, bnFactor {len(bn_factor)}; "

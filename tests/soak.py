@@ -59,13 +59,13 @@ def watch(process: subprocess.Popen) -> list[tuple[float, int]]:
     return samples
 
 
-def disturb(images: Path, folder: Path, epochs: int, draw: random.Random) -> Counter:
+def disturb(images: Path, folder: Path, epochs: int, draw: random.Random, longest_s: float) -> Counter:
     """Bring a run to its end through signals and damaged files; how often each of them happened."""
     events: Counter = Counter()
     while True:
         process = start(images, folder, epochs)
         try:
-            code = process.wait(draw.uniform(0, 30))
+            code = process.wait(draw.uniform(0, longest_s))
         except subprocess.TimeoutExpired:
             number = draw.choice(SIGNALS)
             process.send_signal(number)
@@ -87,7 +87,7 @@ def disturb(images: Path, folder: Path, epochs: int, draw: random.Random) -> Cou
             events["damaged checkpoint"] += 1
 
 
-def soak(minutes: float, seed: int, workplace: Path) -> bool:
+def soak(minutes: float, seed: int, longest_s: float, workplace: Path) -> bool:
     began = time.monotonic()
     images = make_images(workplace / "images", classes=3, train=200, test=20)
     epochs = max(2, round(minutes * 60 / 3 / epoch_seconds(images, workplace / "speed")))
@@ -95,7 +95,7 @@ def soak(minutes: float, seed: int, workplace: Path) -> bool:
     undisturbed = start(images, workplace / "undisturbed", epochs)
     samples = watch(undisturbed)
     assert undisturbed.returncode == 0
-    events = disturb(images, workplace / "disturbed", epochs, random.Random(seed))
+    events = disturb(images, workplace / "disturbed", epochs, random.Random(seed), longest_s)
     differing = list(differences(outcome(workplace / "disturbed"), outcome(workplace / "undisturbed")))
     tenth = max(1, len(samples) // 10)
     early, late = (max(part) for part in zip(*samples[tenth:2 * tenth])), (max(part) for part in zip(*samples[-tenth:]))
@@ -110,10 +110,11 @@ def soak(minutes: float, seed: int, workplace: Path) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train under random kills and compare with an undisturbed run.")
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the signals' times and kinds")
+    parser.add_argument("--longest", type=float, default=30, metavar="SECONDS", help="longest life of a process under signals")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as workplace:
-        good = soak(args.minutes, args.seed, Path(workplace))
+        good = soak(args.minutes, args.seed, args.longest, Path(workplace))
     print("passed" if good else "FAILED")
     return 0 if good else 1
 

@@ -143,6 +143,11 @@ MISTAKES = [
     ("--evalmode anytime --budget 40e6", "--budget"),
     ("--evalmode anytime --sweep released", "--sweep"),
     ("--evalmode anytime --flat_curve", "--flat_curve"),
+    ("--nChannels 1000001", "--nChannels"),
+    ("--nBlocks 1001", "--nBlocks"),
+    ("--threads 999999999999", "--threads"),
+    ("--lr_f 1e31", "--lr_f"),
+    ("--epochs 1000001 --start-epoch 5", "--epochs"),
     ("--sweep mine", "--sweep"),
     *((f"{flag}=0", flag) for flag in (
         "--nBlocks --base --step --nChannels --growthRate --grFactor --bnFactor --block-step --scale-list --epochs "

@@ -46,8 +46,22 @@ def test_the_first_call_is_not_timed():
 
 
 @pytest.mark.parametrize("argv", [["nope"], ["sweep", "--samples", "0"], ["sweep", "--repeats", "x"],
-                                  [*QUICK, "--compare", "missing.jsonl"]])
+                                  [*QUICK, "--compare", "missing.jsonl"], [*QUICK, "--compare", ""], [*QUICK, "--json", ""],
+                                  *([*QUICK, "--tolerance", value] for value in ("nan", "inf", "-0.1", "x"))])
 def test_mistakes_end_with_one_line_and_code_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main(argv)
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ["[1]", "1", "{}", "null", "{", "[" * 100_000, '{"name": "thing", "median": 1}',
+                                  *(f'{{"name": "thing", "config": {{}}, "median": {median}}}'
+                                    for median in ("0", '"x"', "null", "NaN", "-1", "true", "1" + "0" * 400))])
+def test_lines_that_are_no_results_are_refused_before_anything_is_measured(line, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark.sweep, "run", None)
+    file = tmp_path / "speed.jsonl"
+    file.write_text(f"{json.dumps(Measurement('thing', (1.0,)).summary())}\n{line}\n")
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main([*QUICK, "--compare", str(file)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and f"{file} is not a file of --json results" in error

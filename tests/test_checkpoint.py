@@ -88,22 +88,22 @@ def test_forty_kills_at_random_moments_never_cost_a_checkpoint(tmp_path):
     checkpoint.save_latest(tmp_path, content(0, size=1_000_000))
     for _ in range(40):
         done = kill_while_saving(tmp_path, first, after_s=draw.uniform(0.01, 0.1))
-        left_behind += len(list(tmp_path.glob("*.tmp.*")))
+        left_behind += len(list(tmp_path.glob("*.boostnet-tmp.*")))
         latest, previous = number_of(checkpoint.load(tmp_path / LATEST)), None
         if (tmp_path / PREVIOUS).exists():
             previous = number_of(checkpoint.load(tmp_path / PREVIOUS))
         assert latest >= done and previous in (None, latest - 1, latest)
         sweep(tmp_path)
-        assert not list(tmp_path.glob("*.tmp.*"))
+        assert not list(tmp_path.glob("*.boostnet-tmp.*"))
         first = int(latest) + 1
     assert left_behind > 5, "the kills did not fall into the writing; they prove nothing"
 
 
 def test_only_half_written_files_are_swept(tmp_path):
-    for name in ("model_latest.pth.tmp.123", "results.json.tmp.4", "model_latest.pth", "notes.tmp.txt", "a.tmp"):
+    for name in ("model_latest.pth.boostnet-tmp.123", "results.json.boostnet-tmp.4", "model_latest.pth", "notes.tmp.12", "a.tmp"):
         (tmp_path / name).touch()
     sweep(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"model_latest.pth", "notes.tmp.txt", "a.tmp"}
+    assert {file.name for file in tmp_path.iterdir()} == {"model_latest.pth", "notes.tmp.12", "a.tmp"}
 
 
 @pytest.mark.parametrize("save", [checkpoint.save_latest, lambda folder, content: checkpoint.save(folder / LATEST, content)])

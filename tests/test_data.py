@@ -269,6 +269,40 @@ def test_damaged_cache_is_rebuilt(tmp_path, harm, caplog):
     assert not caplog.text
 
 
+def store(place, **arrays):
+    with open(place, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def store_unknown_compression(place, **arrays):
+    store(place, **arrays)
+    content = bytearray(place.read_bytes())
+    for magic, offset in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        content[content.index(magic) + offset] = 99
+    place.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [
+    lambda place, arrays: store(place, **{name: array for name, array in arrays.items() if name != "test_labels"}),
+    lambda place, arrays: store(place, **{**arrays, "train_labels": arrays["train_labels"][:-1]}),
+    lambda place, arrays: store(place, **{**arrays, "train_images": arrays["train_images"].astype(np.float32)}),
+    lambda place, arrays: store(place, key=arrays["key"]),
+    lambda place, arrays: np.save(place.open("wb"), arrays["train_labels"]),
+    lambda place, arrays: store_unknown_compression(place, **arrays)])
+def test_cache_with_the_right_key_and_other_content_is_rebuilt(tmp_path, harm, caplog):
+    make_folder(tmp_path)
+    first = open_folder(tmp_path)._train_set
+    cache = tmp_path / ".boostnet_images.npz"
+    with np.load(cache) as stored:
+        harm(cache, dict(stored))
+    again = open_folder(tmp_path)._train_set
+    assert torch.equal(again.images, first.images) and torch.equal(again.labels, first.labels)
+    assert f"{cache} is damaged" in caplog.text
+    caplog.clear()
+    open_folder(tmp_path)
+    assert not caplog.text
+
+
 def test_cache_of_read_only_data_goes_to_the_users_cache_folder(tmp_path, cache_home, monkeypatch):
     make_folder(tmp_path)
     real = array_cache.atomic_write
@@ -363,6 +397,24 @@ def test_damaged_or_incomplete_archive_is_named(tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match="train is missing"):
         build_data(dataset="cifar100", data_root=tmp_path)
+
+
+PIXELS = np.zeros((8, 3072), np.uint8)
+
+
+@pytest.mark.parametrize("name, content", [
+    *(("train", {"data": data, "fine_labels": [0] * 8}) for data in (
+        PIXELS.astype(np.float32), PIXELS[:, :-1], PIXELS[:0], PIXELS[0], PIXELS.tolist(), "x", None)),
+    *(("test", {"data": PIXELS, "fine_labels": labels}) for labels in (
+        [0] * 7, [], [100] + [0] * 7, [-1] + [0] * 7, [0.5] * 8, ["0"] * 8, [None] * 8, [[0], [0, 1]] * 4, 10**30, None)),
+    ("train", {"data": PIXELS[:0], "fine_labels": []}), ("train", [PIXELS]), ("train", None),
+    *(("meta", {"fine_label_names": names}) for names in ([0] * 100, ["name"] * 99, "a" * 100, None))])
+def test_archive_that_unpickles_to_something_else_is_named_as_damaged(tmp_path, name, content):
+    write_archive(tmp_path)
+    (tmp_path / "cifar-100-python" / name).write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match=f"{name} is damaged") as caught:
+        build_data(dataset="cifar100", data_root=tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_absent_cifar_is_downloaded_by_torchvision(tmp_path, monkeypatch):

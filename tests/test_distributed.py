@@ -168,6 +168,12 @@ def test_all_processes_get_the_same_answers(together):
                                                                                                       False)
 
 
+def test_the_sums_of_an_epoch_are_saved_and_restored_for_each_process(together):
+    reports = [json.loads((together / f"report{rank}.json").read_text()) for rank in (0, 1)]
+    assert [report["own"] for report in reports] == [10, 20]
+    assert all(report["train_loss"] == [pytest.approx((1 + 2) / 30)] for report in reports)
+
+
 def test_all_processes_validate_the_network_that_is_saved(together):
     """Each normalises its training images by their own statistics; for the hold-out those of the first one count."""
     first, second = (json.loads((together / f"report{rank}.json").read_text())["validated"] for rank in (0, 1))
@@ -215,6 +221,23 @@ def test_every_process_gets_a_gpu_of_its_own(monkeypatch):
         choose_device("auto", "0")
     with pytest.raises(UserError, match="no device 7"):
         choose_device("auto", "0,7")
+
+
+@pytest.mark.parametrize(("world", "fresh"), [(2, True), (4, False)])
+def test_restarted_processes_on_one_machine_find_no_addresses_of_dead_ones(monkeypatch, world, fresh):
+    """torchrun keeps its store. On several machines the number of a start may differ, so that it cannot tell starts apart."""
+    kept, stores = torch.distributed.HashStore(), []
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(kept, 0, world)]))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, store, **__: stores.append(store))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    for name, value in (("RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    for start in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", start)
+        with distributed.process_group(torch.device("cpu")):
+            pass
+    stores[0].set("address", "127.0.0.1")
+    assert stores[1].check(["address"]) == (not fresh)
 
 
 def test_a_backend_that_the_device_cannot_use_is_refused(monkeypatch):
@@ -285,7 +308,8 @@ def test_a_killed_process_ends_the_job_with_an_error_within_a_minute(start, tmp_
 def test_a_restarted_and_resumed_job_ends_with_the_bits_of_one_that_never_stopped(start, images, tmp_path):
     """A process is killed and torchrun starts all again; then torchrun is told to stop; then the job is started anew."""
     folder, previous = tmp_path / "run", tmp_path / "run" / checkpoint.PREVIOUS
-    job, output = start("--epochs", "100000", "--resume", options="--max-restarts=1")
+    small = ("--batch-size", "1")   # so that epochs have many steps, and it most likely stops in the middle of one
+    job, output = start("--epochs", "100000", *small, "--resume", options="--max-restarts=1")
     wait_until(previous.exists, job, output)
     kill_rank(job, 1)
     wait_until(lambda: "resuming at" in output.read_text(), job, output)
@@ -295,11 +319,11 @@ def test_a_restarted_and_resumed_job_ends_with_the_bits_of_one_that_never_stoppe
     job.wait(MINUTE)
     assert "SIGTERM: stopped at" in output.read_text()
     epochs = str(checkpoint.load(folder / checkpoint.LATEST)["epoch"] + 1)
-    job, output = start("--epochs", epochs, "--resume")
+    job, output = start("--epochs", epochs, *small, "--resume")
     assert job.wait(3 * MINUTE) == 0, output.read_text()
     broken = outcome(folder)
     folder.rename(tmp_path / "broken")
-    job, output = start("--epochs", epochs)
+    job, output = start("--epochs", epochs, *small)
     assert job.wait(3 * MINUTE) == 0, output.read_text()
     assert not list(differences(broken, outcome(folder)))
 

@@ -197,7 +197,7 @@ def test_a_disk_that_fills_up_ends_training_with_path_and_reason_and_leaves_the_
     with files_no_larger_than(50_000):
         message = one_line_error(capsys, lambda: train_cifar100.main(command(images, run, "--resume")), FAILURE)
     assert f"{run}/model_" in message and "File too large" in message
-    assert saved_files(run) == before and not list(run.glob("*.tmp.*"))
+    assert saved_files(run) == before and not list(run.glob("*.boostnet-tmp.*"))
     assert train_cifar100.main(command(images, run, "--resume")) == 0   # when there is room again
 
 
@@ -238,9 +238,9 @@ def test_a_run_without_a_good_checkpoint_is_not_started_over(images, run, capsys
 
 
 def test_half_written_files_are_swept_when_a_run_starts(images, tmp_path):
-    (tmp_path / "model_latest.pth.tmp.12345").touch()
+    (tmp_path / "model_latest.pth.boostnet-tmp.12345").touch()
     assert train_cifar100.main(command(images, tmp_path, "--epochs", "1")) == 0
-    assert not list(tmp_path.glob("*.tmp.*"))
+    assert not list(tmp_path.glob("*.boostnet-tmp.*"))
 
 
 # A user's mistakes, from end to end.

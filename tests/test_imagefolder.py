@@ -243,6 +243,16 @@ def test_differing_classes_and_flat_folders_are_named(tmp_path):
         open_folder(tmp_path)
 
 
+def test_links_that_lead_to_themselves_are_left_out_like_links_that_lead_nowhere(tmp_path):
+    make_folder(tmp_path)
+    before = list(scan(tmp_path / "train").files)
+    for place, suffix in ((tmp_path / "train/n01", ".JPEG"), (tmp_path / "train", "")):
+        (place / f"nowhere{suffix}").symlink_to("absent")
+        (place / f"itself{suffix}").symlink_to(f"itself{suffix}")
+    files = scan(tmp_path / "train")
+    assert list(files.files) == before and files.class_names == ["n01", "n02"]
+
+
 def test_packed_strings_are_the_strings():
     strings = ["n01/a.JPEG", "", "n02/köln 1.png", "n02/" + os.fsdecode(b"\xff.png")]
     packed = PackedStrings.pack(strings)

@@ -1,5 +1,7 @@
 """Figures from small made-up run folders."""
 import json
+import logging
+import resource
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -143,8 +145,67 @@ def test_paper_numbers_can_be_left_out_or_asked_for(tmp_path, drawn):
 def test_results_written_with_a_suffix_are_found_and_named(tmp_path, drawn):
     run = write_run(tmp_path / "run")
     write_run(run, suffix="_reweight")
+    plots.plot_runs([run, write_run(tmp_path / "other")], paper="none")
+    assert legend(drawn["budgeted"]) == [f"BoostNet, MSDNet ({name})" for name in ("run", "other", "run_reweight")]
+
+
+def test_anytime_results_of_the_last_epoch_give_way_to_those_with_a_suffix(tmp_path, drawn):
+    run = write_run(tmp_path / "run")
+    write_run(run, suffix="_best")
     plots.plot_runs([run], paper="none")
-    assert legend(drawn["anytime"]) == ["BoostNet, MSDNet (run)", "BoostNet, MSDNet (run_reweight)"]
+    assert legend(drawn["anytime"]) == ["BoostNet, MSDNet"]
+    write_run(run, suffix="_half")
+    plots.plot_runs([run], paper="none")
+    assert legend(drawn["anytime"]) == ["BoostNet, MSDNet (run_best)", "BoostNet, MSDNet (run_half)"]
+
+
+def test_names_that_look_like_broken_formulas_are_shown_as_they_are(tmp_path):
+    run = write_run(tmp_path / "$a^b_c{$", dataset="my $x_{$", family="released")
+    write_run(run, dataset="my $x_{$", suffix="_\udcff\\$q^{$")
+    write_run(run, dataset="my $x_{$", suffix="_b")
+    assert len(plots.plot_runs([run], svg=True)) == 4
+
+
+@pytest.mark.parametrize("kind", ["anytime", "dynamic"])
+def test_files_that_lack_something_or_hold_something_else_are_refused_and_named(tmp_path, kind):
+    file = write_run(tmp_path / "run", anytime=kind == "anytime", dynamic=kind == "dynamic") / f"{kind}.json"
+    good = json.loads(file.read_text())
+    keys = {"format", "name", "dataset", "method", "arch", "config", "n_test", "macs"}
+    keys |= {"top1"} if kind == "anytime" else {"family", "flat", "points"}
+    bad = [None, [], 1, {}, {**good, "macs": "x"}, {**good, "n_test": "x"}, {**good, "config": "x"},
+           *({**good, key: value} for key in keys for value in (None, [], [None], -1)),
+           *({name: value for name, value in good.items() if name != key} for key in keys)]
+    if kind == "anytime":
+        bad += [{**good, "top1": good["top1"][:-1]}, {**good, "macs": [*MACS, 10**400]}]
+    else:
+        point = good["points"][0]
+        bad += [{**good, "points": [point, other]} for other in (
+            1, None, *({**point, key: value} for key in point for value in ("x", float("nan"), [])))]
+        bad += [{**good, "points": [{name: value for name, value in point.items() if name != key}]} for key in point]
+        bad += [{**good, "family": "mine"}, {**good, "split_hash": []}]
+    for content in bad:
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=f"{kind}.json is not a complete evaluation file"):
+            plots.read_results(file.parent)
+    file.write_text(json.dumps({**good, "family": good.get("family", []), "more": None}))
+    assert len(plots.read_results(file.parent)) == 1
+    assert plots.plot_runs([file.parent])
+
+
+def test_a_full_disk_ends_with_the_path_and_leaves_the_old_figure(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    figure = plots.plot_runs([run], tmp_path / "figures", paper="none")[0]
+    before, limit = figure.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))   # the system then refuses to write more than that
+    try:
+        with pytest.raises(SystemExit) as stop:
+            plots.main([str(run), "--output", str(figure.parent)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and f"{figure}: cannot be written" in error
+    assert figure.read_bytes() == before and {path.name for path in figure.parent.iterdir()} == {"anytime.png", "budgeted.png"}
+    assert not logging.getLogger("matplotlib.font_manager").isEnabledFor(logging.WARNING)
 
 
 @pytest.mark.parametrize("prepare, message", [

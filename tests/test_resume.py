@@ -89,6 +89,30 @@ def test_a_run_may_be_stopped_many_times(images, uninterrupted, tmp_path, monkey
     assert not list(differences(outcome(tmp_path), uninterrupted("boosted")))
 
 
+@pytest.fixture
+def deterministic():
+    """Take back what --deterministic sets for the whole process."""
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("arch", ["msdnet_ge", "ranet_ge"])
+def test_deterministic_runs_resume_to_the_same_bits(images, tmp_path, monkeypatch, deterministic, device, arch):
+    more = f"--deterministic --device {device} --arch {arch} --block-step 1 --grFactor 4-2-1 --bnFactor 4-2-1".split()
+    assert train_cifar100.main(command(images, tmp_path / "whole", *more)) == 0
+    assert torch.are_deterministic_algorithms_enabled()
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, 7)
+        assert train_cifar100.main(command(images, tmp_path / "cut", *more)) == STOPPED
+    assert train_cifar100.main(command(images, tmp_path / "cut", *more, "--resume")) == 0
+    assert not list(differences(outcome(tmp_path / "cut"), outcome(tmp_path / "whole")))
+
+
 def test_the_best_epoch_so_far_stays_the_best(images, tmp_path, monkeypatch):
     scores = iter([50.0, 40.0])
     monkeypatch.setattr(trainer, "predict", lambda *_: SimpleNamespace(top1=[0.0, next(scores)]))

@@ -3,24 +3,27 @@
     python -m utils.benchmark sweep                       # threshold search and budgeted evaluation
     python -m utils.benchmark sweep --json speed.jsonl    # also append one JSON line per measurement
     python -m utils.benchmark sweep --compare speed.jsonl # exit code 1 when something became slower
+    python -m utils.benchmark early_exit --network ranet8 # early exit against running the whole network
 """
 from __future__ import annotations
 
 import json
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.benchmarks import input_pipeline, sweep
+from utils.benchmarks import early_exit, input_pipeline, sweep
 from utils.benchmarks.measure import count
-from utils.cli import OneLineParser
+from utils.cli import OneLineParser, is_path, number
 from utils.errors import UserError, user_errors
 from utils.run import choose_device, versions
 from utils.tables import format_table
 
-# Every benchmark is a module with add_arguments(parser) and run(args, device) -> list of measurements.
-BENCHMARKS = {"input": input_pipeline, "sweep": sweep}
+# Every benchmark is a module with add_arguments(parser) and run(args, device) -> list of measurements, and may have a
+# report(lines, where) of its own.
+BENCHMARKS = {"early_exit": early_exit, "input": input_pipeline, "sweep": sweep}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = choose_device(args.device, "0", args.threads)
         earlier = read_json_lines(Path(args.compare)) if args.compare else []
         machine = versions(device)
-        lines = [{**result.summary(), **machine} for result in BENCHMARKS[args.name].run(args, device)]
-        print(report(args.name, lines, machine))
+        benchmark = BENCHMARKS[args.name]
+        lines = [{**result.summary(), **machine} for result in benchmark.run(args, device)]
+        where = f"{machine['device']}, {machine['threads']} CPU threads, torch {machine['torch']}"
+        print(benchmark.report(lines, where) if hasattr(benchmark, "report") else report(args.name, lines, where))
         if args.json:
             with open(args.json, "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -47,29 +52,52 @@ def build_parser() -> OneLineParser:
         benchmark.add_argument("--repeats", type=count, default=5, help="timed repeats; the first call of all is not timed")
         benchmark.add_argument("--threads", type=count, help="CPU threads of torch; default: torch's own choice")
         benchmark.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-        benchmark.add_argument("--json", metavar="FILE", help="append the results to FILE, one JSON line each")
-        benchmark.add_argument("--compare", metavar="FILE", help="compare with the last results in FILE")
-        benchmark.add_argument("--tolerance", type=float, default=0.2, help="how much slower --compare accepts, 0.2 is 20 %%")
+        benchmark.add_argument("--json", type=file_name, metavar="FILE", help="append the results to FILE, one JSON line each")
+        benchmark.add_argument("--compare", type=file_name, metavar="FILE", help="compare with the last results in FILE")
+        benchmark.add_argument("--tolerance", type=not_negative, default=0.2,
+                               help="how much slower --compare accepts, 0.2 is 20 %%")
     return parser
 
 
-def report(name: str, lines: Sequence[dict[str, Any]], machine: dict[str, Any]) -> str:
+def file_name(text: str) -> str:
+    if not is_path(text):
+        raise ArgumentTypeError(f"expected the name of a file, got {text!r}")
+    return text
+
+
+def not_negative(text: str) -> float:
+    value = number(text)
+    if value < 0:
+        raise ArgumentTypeError(f"must not be negative, got {text}")
+    return value
+
+
+def report(name: str, lines: Sequence[dict[str, Any]], where: str) -> str:
     """The measurements as a table under a line that names the machine."""
     config = ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}"
                        for key, value in lines[0]["config"].items())
-    where = f"{machine['device']}, {machine['threads']} CPU threads, torch {machine['torch']}"
     rows = [[line["name"], line["n"], *(f"{line[key]:.4g}" for key in ("median", "p10", "p90")), line["unit"]]
             for line in lines]
     return format_table([name, "repeats", "median", "p10", "p90", "unit"], rows, title=f"{where}; {config}")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The results that --json wrote.
+
+    Raises:
+        UserError: when there is no such file, or a line of it is something that `compare` cannot use.
+    """
     try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        results = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; write it with --json first") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a file of --json results: {error}") from None
+    for i, result in enumerate(results):
+        if not (isinstance(result, dict) and {"name", "config", "median"} <= result.keys()
+                and type(result["median"]) in (int, float) and 0 < result["median"] < 1e300):
+            raise UserError(f"{path} is not a file of --json results: its result {i + 1} lacks a name, a config or a median > 0")
+    return results
 
 
 def compare(lines: Sequence[dict[str, Any]], earlier: Sequence[dict[str, Any]], tolerance: float) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import TEMPORARY, atomic_write
 
 FORMAT = 1
 LATEST, BEST, PREVIOUS, DAMAGED = "model_latest.pth", "model_best.pth", "model_previous.pth", "model_damaged.pth"
@@ -51,7 +51,7 @@ def save_latest(folder: Path, content: dict[str, Any]) -> None:
 
 def _keep(latest: Path, previous: Path) -> None:
     # A second name for the same file: at no moment is there a folder without a good checkpoint.
-    link = previous.with_name(f"{previous.name}.tmp.{os.getpid()}")
+    link = previous.with_name(f"{previous.name}{TEMPORARY}{os.getpid()}")
     link.unlink(missing_ok=True)
     try:
         os.link(latest, link)
@@ -107,13 +107,19 @@ def load(path: str | Path) -> dict[str, Any]:
     weights = content.get("state_dict") if isinstance(content, dict) else None
     if isinstance(weights, dict) and isinstance(weights.get("model"), dict):
         weights = weights["model"]
-    if not isinstance(weights, dict) or not weights or not all(isinstance(t, Tensor) for t in weights.values()):
+    if not isinstance(weights, dict) or not weights or not all(map(_is_weight, weights.items())):
         raise UserError(f"{path} is not a checkpoint: expected a dict with the weights under 'state_dict'")
     if content.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path} has format {content['format']}, this version reads format {FORMAT}; use the version it is from")
     if "format" in content or "architecture" in content:   # the released files say nothing about themselves
         _check(content, CONTENT, f"{path} is not a checkpoint of this project")
     return {**content, "state_dict": {name.removeprefix("module."): t for name, t in weights.items()}}
+
+
+def _is_weight(entry: tuple[Any, Any]) -> bool:
+    name, tensor = entry
+    return (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+            and tensor.device.type == "cpu" and not tensor.is_complex())
 
 
 def _check(content: Any, expected: dict[str, Any], complaint: str) -> None:
@@ -161,6 +167,9 @@ def load_weights(backbone: nn.Module, weights: dict[str, Tensor], source: str | 
     for name, tensor in own.items():
         if name not in weights:
             raise UserError(f"{source} does not fit this architecture: it has no {name} (expected shape {list(tensor.shape)})")
+        if weights[name].is_floating_point() != tensor.is_floating_point():
+            raise UserError(f"{source} does not fit this architecture: {name} is of type {weights[name].dtype}, "
+                            f"expected {tensor.dtype}")
         if weights[name].shape != tensor.shape:
             raise UserError(f"{source} does not fit this architecture: {name} has shape {list(weights[name].shape)}, "
                             f"expected {list(tensor.shape)}")

@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import pickle
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from utils.catalog import DATASETS
 from utils.errors import UserError
 
 # data set -> (folder, training files, test file, names file, key of the names, key of the labels)
@@ -42,26 +44,44 @@ def read_archive(data_root: Path, dataset: str) -> dict[str, np.ndarray]:
         {train,test}_images (n, 3, 32, 32) uint8, {train,test}_labels (n,) int64, class_names.
     Raises:
         FileNotFoundError: when one of its files is missing.
-        UserError: when one of its files is damaged.
+        UserError: when one of its files is damaged or holds something else.
     """
     folder, train_files, test_file, names_file, names_key, labels_key = ARCHIVES[dataset]
-    folder = data_root / folder
+    folder, n_classes = data_root / folder, DATASETS[dataset].num_classes
+
+    def images_and_labels(content: Any) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = content["data"], np.asarray(content[labels_key])
+        _require(isinstance(images, np.ndarray) and images.dtype == np.uint8, "its images are not bytes")
+        _require(images.ndim == 2 and images.shape[1] == 3072 and len(images), f"its images have shape {images.shape}")
+        _require(labels.dtype.kind in "iu" and labels.shape == images.shape[:1], "it has not one whole number per image as label")
+        _require(0 <= labels.min() <= labels.max() < n_classes, f"its labels go from {labels.min()} to {labels.max()}")
+        return images.reshape(-1, 3, 32, 32), labels.astype(np.int64)
+
+    def class_names(content: Any) -> np.ndarray:
+        names = content[names_key]
+        _require(isinstance(names, list) and all(isinstance(name, str) for name in names), "its class names are not text")
+        _require(len(names) == n_classes, f"it has {len(names)} class names")
+        return np.array(names)
+
     arrays = {}
     for split, files in (("train", train_files), ("test", [test_file])):
-        parts = [_read_pickle(folder / file, ("data", labels_key)) for file in files]
-        arrays[f"{split}_images"] = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32)
-        arrays[f"{split}_labels"] = np.concatenate([np.asarray(part[labels_key], np.int64) for part in parts])
-    arrays["class_names"] = np.array(_read_pickle(folder / names_file, (names_key,))[names_key])
+        parts = [_read_pickle(folder / file, images_and_labels) for file in files]
+        arrays[f"{split}_images"], arrays[f"{split}_labels"] = (np.concatenate(column) for column in zip(*parts))
+    arrays["class_names"] = _read_pickle(folder / names_file, class_names)
     return arrays
 
 
-def _read_pickle(path: Path, keys: tuple[str, ...]) -> dict:
+def _require(condition: Any, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(otherwise)
+
+
+def _read_pickle(path: Path, convert: Callable[[Any], Any]) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; unpack the whole archive there or delete {path.parent} to download it again")
     try:
         with open(path, "rb") as file:
-            content = _ArrayUnpickler(file, encoding="latin1").load()
-        return {key: content[key] for key in keys}
+            return convert(_ArrayUnpickler(file, encoding="latin1").load())
     except Exception as error:  # a damaged pickle raises nearly anything
         raise UserError(f"{path} is damaged ({error}); delete {path.parent} to download it again") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 import re
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
@@ -115,3 +116,11 @@ def shown(value: Any) -> str:
 def rising(values: Sequence[float]) -> list[float]:
     """Differences of neighbours."""
     return [after - before for before, after in zip(values[:-1], values[1:], strict=True)]
+
+
+def is_path(text: str) -> bool:
+    """Whether the system can take `text` as a path."""
+    try:
+        return text != "" and b"\0" not in os.fsencode(text)
+    except UnicodeError:
+        return False

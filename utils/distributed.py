@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError, let_others_speak
@@ -36,7 +37,12 @@ def process_group(device: torch.device, backend: str | None = None) -> Iterator[
         raise UserError("--dist_backend nccl needs GPUs; leave it out to have the one that fits the device")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group(backend or ("nccl" if cuda else "gloo"), timeout=TIMEOUT, device_id=device if cuda else None)
+    store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+    # torchrun keeps one store over its restarts, and the addresses of dead processes with it. A machine alone can tell its
+    # starts apart by their number; several machines count them differently (README, "Two machines").
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if world == local_world_size() else "0"
+    dist.init_process_group(backend or ("nccl" if cuda else "gloo"), store=dist.PrefixStore(f"start{start}", store), rank=rank,
+                            world_size=world, timeout=TIMEOUT, device_id=device if cuda else None)
     try:
         yield
     except RuntimeError:

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,6 +86,7 @@ class EarlyExit:
 
     def _run(self, x: Tensor, last: int, deadline: _Deadline) -> Exits:
         backbone, running = self.model.backbone, _Running(x)
+        live = getattr(backbone, "live", lambda n, state: state)   # the part of a state that has been written to
         if len(x) == 0:
             return running.results
         state, scores, reached = backbone.start(x), None, 0
@@ -107,7 +109,7 @@ class EarlyExit:
             if n_left == len(stays):
                 return running.results
             if n_left >= self.min_left * len(stays):
-                state, scores = running.shrink(stays, [state, scores])
+                state, scores = running.shrink(stays, state, scores, partial(live, n))
             else:
                 running.mark(stays, n_left)
         running.write(reached, scores, _confidence(scores))
@@ -158,27 +160,28 @@ class _Running:
         """Let the rows that leave run along."""
         self.places, self.n_left = np.where(stays, self.places, self.spare), n_left
 
-    def shrink(self, stays: np.ndarray, state: Any) -> Any:
-        """The state without the rows that leave.
+    def shrink(self, stays: np.ndarray, state: Any, scores: Tensor, live: Callable[[Any], Any]) -> tuple[Any, Tensor]:
+        """State and scores without the rows that leave.
 
         Only rows behind the new end move, into the gaps: never more of them than leave, and into memory that is there.
+
+        Args:
+            live: what of the state has to move with a row.
         """
         end = int(np.count_nonzero(stays))
         gaps, movers = np.flatnonzero(~stays[:end]), end + np.flatnonzero(stays[end:])
         self.places[gaps] = self.places[movers]
         self.places, self.n_left = self.places[:end], 0
-        return self._move(state, self._index(gaps), self._index(movers), end)
+        state = _each(self._writable, state)
+        if len(gaps):
+            gaps, movers = self._index(gaps), self._index(movers)
+            _each(lambda tensor: tensor.index_copy_(0, gaps, tensor.index_select(0, movers)), [live(state), scores])
+        return _each(lambda tensor: tensor[:end], state), scores[:end]
 
-    def _move(self, state: Any, gaps: Tensor, movers: Tensor, end: int) -> Any:
-        if isinstance(state, Tensor):
-            if len(gaps):
-                if state.untyped_storage().data_ptr() == self.images.untyped_storage().data_ptr():
-                    state = state.clone()   # the caller's images are not ours to write to
-                state.index_copy_(0, gaps, state.index_select(0, movers))
-            return state[:end]
-        if isinstance(state, dict):
-            return {name: self._move(value, gaps, movers, end) for name, value in state.items()}
-        return [self._move(value, gaps, movers, end) for value in state]
+    def _writable(self, tensor: Tensor) -> Tensor:
+        # The caller's images, should a backbone carry them along, are not ours to write to.
+        shared = tensor.untyped_storage().data_ptr() == self.images.untyped_storage().data_ptr()
+        return tensor.clone() if shared else tensor
 
     def _index(self, places: np.ndarray) -> Tensor:
         return torch.from_numpy(places).to(self.device, non_blocking=True)
@@ -206,6 +209,15 @@ class _Deadline:
         return time.perf_counter() >= self.end
 
 
+def _each(function: Callable[[Tensor], Tensor], state: Any) -> Any:
+    """A state with every tensor replaced."""
+    if isinstance(state, Tensor):
+        return function(state)
+    if isinstance(state, dict):
+        return {name: _each(function, value) for name, value in state.items()}
+    return [_each(function, value) for value in state]
+
+
 def _confidence(scores: Tensor) -> Tensor:
     return scores.float().softmax(dim=1).amax(dim=1)
 
@@ -225,7 +237,9 @@ def _float32_thresholds(thresholds: Any, n_exits: int) -> list[float]:
         raise ValueError(f"thresholds must be {n_exits} numbers, one for each exit, got {exact.tolist()}")
     with np.errstate(over="ignore"):   # what overflows becomes an infinity, with the same meaning
         rounded = exact.astype(np.float32)
-    return np.where(rounded < exact, np.nextafter(rounded, np.float32(np.inf)), rounded).tolist()
+    rounded = np.where(rounded < exact, np.nextafter(rounded, np.float32(np.inf)), rounded)
+    # A confidence lies above 0 and is at most 1; said so, the exit needs none at all.
+    return np.where(rounded > 1, np.inf, np.where(rounded <= 0, -np.inf, rounded)).tolist()
 
 
 def _check_limit(name: str, value: float) -> None:

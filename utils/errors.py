@@ -1,6 +1,7 @@
 """The exceptions that end a program with one line instead of a traceback, and the exit codes that go with them."""
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -11,6 +12,9 @@ from pathlib import Path
 # Exit codes: a user's mistake, a failure while running, Ctrl-C, and a run that a signal stopped in good order (EX_TEMPFAIL).
 MISTAKE, FAILURE, INTERRUPTED, STOPPED = 2, 1, 130, 75
 
+
+# What the system says of paths that are no good.
+MISTAKEN_PATHS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
 
 # Seconds that a process waits with its error for the error of another one.
 GRACE_S = 5
@@ -31,8 +35,14 @@ def user_errors() -> Iterator[None]:
         yield
     except (UserError, FileNotFoundError) as error:
         sys.exit(fail(error))
-    except (TrainingDiverged, OSError) as error:   # of the system's errors: a full disk, no permission, too many open files
-        sys.exit(fail(error, FAILURE))
+    except OSError as error:   # a path that cannot be is a mistake; a full disk or too many open files are not
+        sys.exit(fail(error, MISTAKE if error.errno in MISTAKEN_PATHS else FAILURE))
+    except (TrainingDiverged, MemoryError) as error:
+        sys.exit(fail(error if str(error) else "out of memory", FAILURE))
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+            raise
+        sys.exit(fail(str(error).splitlines()[0], FAILURE))
     except KeyboardInterrupt:
         sys.exit(fail("interrupted", INTERRUPTED))
 

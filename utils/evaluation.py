@@ -1,4 +1,7 @@
-"""Both prediction modes of a trained network: anytime (every exit on all inputs) and budgeted batch (inputs leave early)."""
+"""Both prediction modes of a trained network: anytime (every exit on all inputs) and budgeted batch (inputs leave early).
+
+Here all exits are computed for all inputs and leaving is simulated; `utils.realtime` really leaves.
+"""
 from __future__ import annotations
 
 import argparse
@@ -15,6 +18,8 @@ from utils import distributed
 from utils.engine import predict
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.operating_points import finite, require_hold_out
+from utils.realtime import evaluate_realtime
 from utils.restore import identify, restore
 from utils.run import write_json
 from utils.tables import format_table, millions
@@ -38,7 +43,9 @@ def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torc
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
     about = header(identify(args) | saved, folder, model, data)   # a released checkpoint says nothing about itself
-    if args.evalmode == "dynamic":
+    if args.evalmode == "realtime" or args.cost == "latency":
+        evaluate_realtime(model, data, folder, about=about, budgets=args.budget, cost=args.cost, suffix=args.save_suffix)
+    elif args.evalmode == "dynamic":
         evaluate_budgeted(model, data, folder, about=about, budgets=args.budget, released=args.sweep == "released",
                           flat=args.flat_curve, suffix=args.save_suffix)
     else:
@@ -95,9 +102,7 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
     Raises:
         UserError: without a hold-out, or for a budget out of range.
     """
-    if not data.n_valid:
-        raise UserError("budgeted evaluation fits its thresholds on held-out training images, and this checkpoint knows of none; "
-                        "train with --use-valid")
+    require_hold_out(data)
     macs = about["macs"]
     for budget in budgets or []:   # a budget out of range is refused before the network runs
         solve_exit_rate(macs, budget)
@@ -106,7 +111,7 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
     fitted = released_curve(*arrays, flat=flat) if released else budget_curve(*arrays, budgets)
     points = flatten(fitted) if flat and not released else fitted
     result = {**about, "family": "released" if released else "eq9", "flat": flat,
-              "points": [{**point, "thresholds": _finite(point["thresholds"])} for point in points]}
+              "points": [{**point, "thresholds": finite(point["thresholds"])} for point in points]}
     if not distributed.is_main():
         return result
     _print_budgeted(result, data)
@@ -117,11 +122,6 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
     _write_costs(folder, macs)
     write_json(folder / f"{name}.json", result)
     return result
-
-
-def _finite(thresholds: Sequence[float]) -> list[float]:
-    # JSON has no infinity, and confidences lie in [0, 1]: 2 keeps everybody, -1 lets everybody go.
-    return [min(max(t, -1.0), 2.0) for t in thresholds]
 
 
 def _print_budgeted(result: dict[str, Any], data) -> None:

@@ -7,6 +7,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+# In the name of a file that is not complete yet, in front of the number of the process that writes it.
+TEMPORARY = ".boostnet-tmp."
+
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
@@ -18,7 +21,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         OSError: with `path` and the reason, when it cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    temporary = path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -48,6 +51,6 @@ def _sync_folder(folder: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what killed processes left half-written in `folder`."""
-    for temporary in folder.glob("*.tmp.*"):
+    for temporary in folder.glob(f"*{TEMPORARY}*"):
         if temporary.suffix[1:].isdigit():
             temporary.unlink(missing_ok=True)

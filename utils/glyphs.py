@@ -162,11 +162,11 @@ def build(quiet: bool = False) -> dict[str, np.ndarray]:
                 images[start:stop] = drawn
                 bar.update(stop - start)
             arrays[f"{part}_images"] = images
-            arrays[f"{part}_labels"] = np.arange(n) % len(CLASS_NAMES)
+            arrays[f"{part}_labels"] = np.array([label(number) for number in range(n)], np.int64)
     return arrays
 
 
 def read_glyphs(data_root: Path, quiet: bool = False) -> dict[str, np.ndarray]:
     """`build()` through a cache in the user's cache folder, or in `data_root` where that cannot be written."""
     key = " ".join(map(str, (FORMAT, SEED, *versions())))
-    return load_or_build([user_cache_folder() / "glyphs.npz", data_root / ".glyphs.npz"], key, lambda: build(quiet))
+    return load_or_build([user_cache_folder() / "glyphs.npz", data_root / ".boostnet_glyphs.npz"], key, lambda: build(quiet))

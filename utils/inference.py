@@ -1,15 +1,37 @@
 """From a trained network to a copy of it that answers fast."""
 from __future__ import annotations
 
+import argparse
 import copy
+import time
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models import BoostedNet
 from models.inference import fold_batch_norm, growing_form
+from utils import checkpoint
+from utils.errors import UserError
+from utils.restore import restore
 
 FORMS = ("growing", "folded", "compiled")
+
+
+def load_model(path: str | Path) -> tuple[BoostedNet, dict[str, Any]]:
+    """The network of a checkpoint of this project, in eval mode, and the content of the file.
+
+    Raises:
+        UserError: when the file does not say what network it holds.
+    """
+    saved = checkpoint.load(path)
+    if "architecture" not in saved:
+        raise UserError(f"{path} holds weights only, nothing about its network; expected a checkpoint of a training run here")
+    args = argparse.Namespace(**saved["architecture"], method=saved["method"], ensemble_reweight=saved["temperatures"],
+                              trainable_ensemble=False, evaluate_from=path)
+    return restore(args, saved).eval(), saved
 
 
 def prepare_for_inference(model: BoostedNet, form: str | None = None) -> BoostedNet:
@@ -34,6 +56,23 @@ def prepare_for_inference(model: BoostedNet, form: str | None = None) -> Boosted
     else:
         ready.backbone = ChannelsLast(ready.backbone, compiled=form == "compiled")
     return ready
+
+
+@torch.inference_mode()
+def exit_times(model: BoostedNet, x: Tensor) -> np.ndarray:
+    """(n_exits,) seconds of every step of a network in eval mode on a batch that nobody leaves."""
+    def now() -> float:
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+        return time.perf_counter()
+
+    clock, scores = [now()], None
+    state = model.backbone.start(x)
+    for n in range(model.n_exits):
+        logits, state = model.backbone.step(n, state)
+        scores = model.add(n, logits, scores)
+        clock.append(now())
+    return np.diff(clock)
 
 
 class ChannelsLast(nn.Module):

@@ -1,9 +1,10 @@
 """Which image files a class-folder data set consists of, in which order, and how that list is kept."""
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def scan(folder: Path) -> Listing:
     class_names = find_classes(folder)
     files, labels = [], []
     for label, name in enumerate(class_names):
-        found = sorted(entry.name for entry in os.scandir(folder / name) if _is_image(entry.name) and entry.is_file())
+        found = sorted(entry.name for entry in os.scandir(folder / name) if _is_image(entry.name) and _holds(entry.is_file))
         if not found:
             raise UserError(f"{folder / name} has no images ({', '.join(EXTENSIONS)}); fill this class folder or remove it")
         files += [f"{name}/{file}" for file in found]
@@ -91,6 +92,16 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
+def _holds(is_kind: Callable[[], bool]) -> bool:
+    """`is_kind()` of a directory entry, where a link that leads to itself is like one that leads nowhere: of no kind."""
+    try:
+        return is_kind()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
+
+
 def find_classes(folder: Path) -> list[str]:
     """Names of the class folders of `folder`, sorted; hidden ones do not count.
 
@@ -100,7 +111,7 @@ def find_classes(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected {folder.name}/<class>/ with images in {folder.parent}")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in os.scandir(folder) if _holds(entry.is_dir) and not entry.name.startswith("."))
     if not names:
         raise UserError(f"{folder} has no class folders; expected {folder}/<class>/ with images in each")
     return names

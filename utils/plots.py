@@ -5,13 +5,16 @@
 
 Reads every anytime*.json and dynamic*.json that eval_cifar100.py or eval_imagenet.py left in the folders. Sizes of one
 model (same architecture and method, other flags) become one budgeted curve: at each budget the size with the best
-hold-out accuracy.
+hold-out accuracy. Training leaves an anytime.json of its last epoch; where the folder has an anytime file with a suffix
+(--save_suffix), those with a suffix are drawn and anytime.json is not.
 """
 from __future__ import annotations
 
 import json
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from adaptive_inference import combine_sizes
 from utils.catalog import title_of
 from utils.cli import OneLineParser
 from utils.errors import UserError, user_errors
+from utils.files import atomic_write
 from utils.paper import ANYTIME, BUDGETED, Published
 
 # Okabe and Ito's palette, distinguishable with every common form of colour blindness.
@@ -33,6 +37,32 @@ ARCHITECTURES = {"msdnet": "MSDNet without rescaling", "msdnet_ge": "MSDNet",
                  "ranet": "RANet", "ranet_ge": "RANet with rescaling"}
 PAPER_BACKBONES = {"msdnet": "MSDNet", "ranet": "RANet"}
 FAMILIES = {"eq9": "shares of eq. 9, one solution per budget", "released": "released sweep, shares proportional to $q^n$"}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e30
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list_of(check: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(map(check, value))
+
+
+def _has(fields: dict[str, Callable[[Any], bool]], value: Any) -> bool:
+    return isinstance(value, dict) and all(key in value and check(value[key]) for key, check in fields.items())
+
+
+# What the figures need of an evaluation file.
+POINT = {"budget": lambda x: x is None or _is_number(x),
+         **dict.fromkeys(("valid_mean_macs", "valid_top1", "test_mean_macs", "test_top1"), _is_number)}
+HEADER = {"format": lambda x: x == 1, "config": lambda x: isinstance(x, dict), "n_test": lambda x: type(x) is int and x > 0,
+          "macs": partial(_is_list_of, _is_number), **dict.fromkeys(("name", "dataset", "method", "arch"), _is_text)}
+FIELDS = {"anytime": {**HEADER, "top1": partial(_is_list_of, _is_number)},
+          "dynamic": {**HEADER, "family": lambda x: x in [*FAMILIES], "flat": lambda x: isinstance(x, bool),
+                      "split_hash": lambda x: x is None or _is_text(x), "points": partial(_is_list_of, partial(_has, POINT))}}
 
 
 def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None, *, paper: str = "auto",
@@ -70,24 +100,30 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None, *
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The evaluation files of a run; a name suffix given to the evaluation becomes part of the run's name."""
+    """The evaluation files of a run; a name suffix given to the evaluation becomes part of the run's name.
+
+    Raises:
+        UserError: when there are none, or one is incomplete or something else.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; pass the --result_dir of a run")
-    paths = sorted([*folder.glob("anytime*.json"), *folder.glob("dynamic*.json")])
+    anytime = sorted(folder.glob("anytime*.json"))
+    suffixed = [path for path in anytime if path.name != "anytime.json"]
+    paths = [*(suffixed or anytime), *sorted(folder.glob("dynamic*.json"))]
     if not paths:
         raise UserError(f"{folder} has no anytime*.json or dynamic*.json; evaluate its checkpoint first: "
                         f"python eval_cifar100.py --evaluate-from {folder}/model_best.pth")
     results = []
     for path in paths:
+        kind = "dynamic" if path.name.startswith("dynamic") else "anytime"
         try:
-            result = json.loads(path.read_text())
-            drawable = result["points" if path.name.startswith("dynamic") else "top1"] and result["format"] == 1
-        except (OSError, ValueError, KeyError, TypeError):
-            drawable = False
-        if not drawable:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError, RecursionError):
+            content = None
+        if not _has(FIELDS[kind], content) or kind == "anytime" and len(content["top1"]) != len(content["macs"]):
             raise UserError(f"{path} is not a complete evaluation file; write it again with eval_cifar100.py")
-        suffix = path.stem.removeprefix("anytime").removeprefix("dynamic").removeprefix("_flat")
-        results.append({**result, "name": result["name"] + suffix, "suffix": suffix})
+        suffix = path.stem.removeprefix(kind).removeprefix("_flat")
+        results.append({**{key: content[key] for key in FIELDS[kind]}, "name": content["name"] + suffix, "suffix": suffix})
     return results
 
 
@@ -165,7 +201,7 @@ def labels(results: Sequence[dict], sizes: Sequence[int] | None = None, name_fam
         words += [{"eq9": "eq. 9", "released": "released sweep"}[result["family"]]] if name_family else []
         words += ["flat curve"] if result.get("flat") else []
         found.append(", ".join(words))
-    return [f"{label} ({result['name']})" if found.count(label) > 1 else label
+    return [plain(f"{label} ({result['name']})" if found.count(label) > 1 else label)
             for label, result in zip(found, results, strict=True)]
 
 
@@ -182,13 +218,18 @@ def published(table: dict, results: Sequence[dict], paper: str) -> list[tuple[st
 
 # Looks
 
+def plain(text: str) -> str:
+    """Text from outside as matplotlib shows it unchanged: a dollar begins no formula, bytes that are no text become "?"."""
+    return text.encode(errors="replace").decode().replace("$", r"\$")
+
+
 def new_axes(title: str, result: dict, x_label: str, subtitle: str = ""):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    heading = f"{title}: {title_of(result['dataset'])}, {result['n_test']:,} test images"
+    heading = f"{title}: {plain(title_of(result['dataset']))}, {result['n_test']:,} test images"
     axes.set_title(f"{heading}\n{subtitle}" if subtitle else heading, fontsize=11, color=INK)
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel("top-1 accuracy (%)", color=INK)
@@ -216,7 +257,8 @@ def save(figure, stem: Path, *, svg: bool) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_suffix(".png"), *([stem.with_suffix(".svg")] if svg else [])]
     for path in paths:
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        with atomic_write(path) as file:
+            figure.savefig(file, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
     return paths
 
 
@@ -230,6 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--separate", action="store_true", help="do not combine the sizes of one model")
     parser.add_argument("--svg", action="store_true", help="write .svg files beside the .png files")
     args = parser.parse_args(argv)
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # its cache is nobody's concern here
     with user_errors():
         for path in plot_runs(args.result_dirs, args.output, paper=args.paper, separate=args.separate, svg=args.svg):
             print(path)

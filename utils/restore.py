@@ -38,6 +38,7 @@ def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
     """
     if "architecture" not in saved:
         return None
+    _check(args, saved)
     split = Split.from_dict(saved["split"]) if saved["split"] else None
     stored = {**saved["architecture"], "dataset": saved["dataset"], "method": saved["method"],
               "trainable_ensemble": saved["trainable_ensemble"]}
@@ -52,6 +53,28 @@ def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
     if args.use_valid and split is None:
         raise UserError(f"{args.evaluate_from} was trained on all training images; --use-valid does not fit it")
     return split
+
+
+def _check(args: argparse.Namespace, saved: dict[str, Any]) -> None:
+    """Refuse a checkpoint that says of itself what the command line would not accept."""
+    architecture, temperatures = saved["architecture"], saved["temperatures"]
+    wrong = [name for name in ARCHITECTURE if name not in architecture or not _is_like(architecture[name], getattr(args, name))]
+    wrong += [name for name in architecture if name not in ARCHITECTURE]
+    if not all(isinstance(t, float) and math.isfinite(t) for t in temperatures):
+        wrong.append("temperatures")
+    if saved["method"] not in ("boost", "joint"):
+        wrong.append("method")
+    if wrong:
+        raise UserError(f"{args.evaluate_from} is damaged, or from another version: its {wrong[0]} makes no sense")
+
+
+def _is_like(value: Any, example: Any) -> bool:
+    # Defaults of the command line are the examples; only the number of classes has none.
+    if isinstance(example, list):
+        return isinstance(value, list) and value and all(_is_like(v, example[0]) for v in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return isinstance(example, (int, type(None))) and 0 < value <= 100_000
+    return type(value) is type(example)
 
 
 def _take_over_temperatures(args: argparse.Namespace, stored: list[float]) -> None:

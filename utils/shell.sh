@@ -33,6 +33,7 @@ run() {
         printf '%q ' "$@"
         echo
     else
+        command -v "$1" >/dev/null || fail "there is no program '$1'; see PYTHON in utils/shell.sh"
         { printf '+ '; printf '%q ' "$@"; echo; } >&2
         "$@"
     fi
@@ -82,6 +83,7 @@ train() {
         cifar100) settings=(--lr_milestones 150,225 --epochs 300) ;;
         imagenet)
             local nproc=${NPROC:-4} options
+            [[ $nproc =~ ^[1-9][0-9]*$ ]] || fail "NPROC is the number of processes, got '$nproc'"
             read -ra options <<<"${TORCHRUN:---standalone --nproc_per_node=$nproc}"
             launch=(-m torch.distributed.run "${options[@]}") # what the command torchrun runs
             settings=(--lr_milestones 30,60 --epochs 90 --distributed --tensorboard_dir "$result/log"

@@ -22,17 +22,19 @@ class Measurement:
         samples: one value per repeat.
         unit: of the values.
         config: the settings they depend on.
+        details: further results that belong to it.
     """
 
     name: str
     samples: tuple[float, ...]
     unit: str = "s"
     config: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         p10, median, p90 = np.percentile(self.samples, [10, 50, 90]).tolist()
         return {"name": self.name, "config": self.config, "value": median, "unit": self.unit,
-                "median": median, "p10": p10, "p90": p90, "n": len(self.samples)}
+                "median": median, "p10": p10, "p90": p90, "n": len(self.samples), **self.details}
 
 
 def count(text: str) -> int:

@@ -1,0 +1,69 @@
+"""Exit thresholds of a trained network: fitted for a budget on its hold-out, or as an evaluation left them in the run folder."""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adaptive_inference import exit_shares, fit_thresholds, solve_exit_rate
+from utils.errors import UserError
+
+# Budgets where none are asked for, as shares of the way from the cost of the first exit to that of the last.
+DEFAULT_BUDGETS = (0.1, 0.275, 0.45, 0.625, 0.8)
+
+
+def require_hold_out(data) -> None:
+    """Raise UserError where there are no images to fit thresholds on."""
+    if not data.n_valid:
+        raise UserError("thresholds are fitted on held-out training images, and this checkpoint knows of none; train with "
+                        "--use-valid")
+
+
+def between(costs: Sequence[float], fraction: float) -> float:
+    """The budget at a share of the way from the cost of the first exit to that of the last."""
+    return costs[0] + fraction * (costs[-1] - costs[0])
+
+
+def check(costs: Sequence[float], budget: float, cost: str = "macs") -> None:
+    """Raise UserError for a budget that a network with these cumulative costs cannot spend on average."""
+    solve_exit_rate(costs, budget, unit="ms" if cost == "latency" else "MACs")
+
+
+def fit(confidence, costs: Sequence[float], budget: float) -> np.ndarray:
+    """Thresholds that spend `budget` on average on inputs like those of `confidence` (n_exits, N) (eq. 9)."""
+    return fit_thresholds(confidence, exit_shares(solve_exit_rate(costs, budget), len(costs)))
+
+
+def finite(thresholds: Sequence[float]) -> list[float]:
+    """Thresholds for JSON, which has no infinity: confidences lie in [0, 1], so 2 keeps everybody and -1 lets everybody go."""
+    return [float(min(max(t, -1.0), 2.0)) for t in thresholds]
+
+
+def stored(folder: Path, saved: dict[str, Any], suffix: str = "") -> list[dict[str, Any]]:
+    """Points that `--evalmode dynamic` wrote for this very checkpoint; [] where there are none.
+
+    Args:
+        folder: of the evaluation's results.
+        saved: content of the checkpoint.
+    """
+    path = folder / f"dynamic{suffix}.json"
+    try:
+        curve = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); evaluate with --evalmode dynamic again") from error
+    split = saved.get("split")
+    same = (curve.get("epoch") == saved.get("epoch") and curve.get("temperatures") == saved.get("temperatures")
+            and curve.get("split_hash") == (split["hash"] if split else None))
+    return curve["points"] if same and curve.get("family") == "eq9" and not curve.get("flat") else []
+
+
+def choose(points: Sequence[dict[str, Any]], costs: Sequence[float], budget: float | None) -> dict[str, Any] | None:
+    """The point of a budget; without a budget, the one nearest to half of what the exits span. None where it is missing."""
+    if budget is None:
+        return min(points, key=lambda point: abs(point["budget"] - between(costs, 0.5)), default=None)
+    return next((point for point in points if abs(point["budget"] / budget - 1) < 1e-9), None)
