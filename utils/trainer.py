@@ -123,7 +123,7 @@ class Trainer:
 
     def test(self) -> None:
         """Accuracy of the last epoch's network on the test set, which nothing before has looked at."""
-        about = header(self.content(), self.run.folder, self.model, self.data)
+        about = header({**self.content(), "epoch_kind": "last epoch"}, self.run.folder, self.model, self.data)
         self.run.results["test"] = evaluate_anytime(self.model, self.data, self.run.folder, about=about)
         self.run.save_results()
 
