@@ -7,7 +7,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/../utils/shell.sh"
 
 prepare_environment requirements.txt
 python=$(python_path)
-data=(--dataset glyphs --data-root "${DATA_ROOT:-$ROOT/data/glyphs}")
+# So small a network gains little from a second thread, and on a busy machine loses much by it.
+data=(--threads 1 --dataset glyphs --data-root "${DATA_ROOT:-$ROOT/data/glyphs}")
 result=$RESULT_ROOT/quickstart
 
 run "$python" "$ROOT/train_cifar100.py" "${data[@]}" --use-valid --result_dir "$result" --resume \
