@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # People's scripts depend on these spellings: add to the list, take nothing away.
 FLAGS = """
---arch --base --batch-size --block-step --bnAfter --bnFactor --bottleneck --budget --checkpoint --compress-factor
+--arch --base --batch-size --block-step --bnAfter --bnFactor --bottleneck --budget --checkpoint --compress-factor --cost
 --data-root --dataset --decay-rate --decoder --deterministic --device --dist_backend --distributed --ensemble_reweight
---epochs --evalmode --evaluate-from --flat_curve --gpu --grFactor --growthRate --help --image_size --learning-rate --local-rank
+--epochs --evalmode --evaluate-from --flat_curve --gpu --grFactor --growthRate --help --image_size --images --learning-rate --local-rank
 --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones --method --momentum --nBlocks --nChannels --on_nan --optimizer
 --print-freq --prune --reduction --result_dir --resume --save_suffix --scale-list --seed --skip_unreadable --start-epoch --step
 --stepmode --sweep --tensorboard_dir --threads --trainable_ensemble --use-valid --val_workers --valid_size --wd
@@ -42,7 +42,7 @@ DEFAULTS = dict(
     block_step=2, scale_list=[1, 2, 3], compress_factor=0.25, bnAfter=True, method="boost", ensemble_reweight=[0.5],
     trainable_ensemble=False, loss_equal=False, epochs=300, start_epoch=0, batch_size=64, optimizer="sgd", lr_f=0.1,
     lr_type="multistep", lr_milestones=[100, 200], decay_rate=0.1, momentum=0.9, weight_decay=[1e-4],
-    evaluate_from=None, evalmode="anytime", budget=None, sweep=None, flat_curve=False, save_suffix="",
+    evaluate_from=None, evalmode="anytime", budget=None, cost="macs", images=None, sweep=None, flat_curve=False, save_suffix="",
     distributed=False, dist_backend=None, local_rank=0,
 )
 
@@ -143,6 +143,18 @@ MISTAKES = [
     ("--evalmode anytime --budget 40e6", "--budget"),
     ("--evalmode anytime --sweep released", "--sweep"),
     ("--evalmode anytime --flat_curve", "--flat_curve"),
+    ("--evalmode realtime --flat_curve", "--flat_curve"),
+    ("--cost latency --budget 40e6", "--budget"),
+    ("--cost macs --budget 3.5ms", "--budget"),
+    ("--budget 3.5ms,40e6", "--budget"),
+    ("--budget 3.5s", "--budget"),
+    ("--budget ms", "--budget"),
+    ("--cost seconds", "--cost"),
+    ("--evalmode anytime --cost latency", "--cost"),
+    ("--images a.png --budget 40e6,60e6", "--images"),
+    ("--images a.png --budget 3.5ms", "--images"),
+    ("--images a.png --sweep released", "--images"),
+    ("--images", "--images"),
     ("--nChannels 1000001", "--nChannels"),
     ("--nBlocks 1001", "--nBlocks"),
     ("--threads 999999999999", "--threads"),
@@ -279,6 +291,11 @@ def test_a_budget_or_sweep_alone_means_dynamic_evaluation():
     assert parse_args(["--budget", "40e6"]).evalmode == "dynamic"
     assert parse_args(["--sweep", "released"]).evalmode == "dynamic"
     assert parse_args(["--flat_curve"]).evalmode == "dynamic"
+
+
+def test_a_budget_in_milliseconds_means_evaluation_in_real_time():
+    args = parse_args(["--budget", "3.5ms, 4 ms"])
+    assert (args.budget, args.cost, args.evalmode) == ([3.5, 4.0], "latency", "realtime")
 
 
 def test_an_evaluation_is_not_held_to_defaults_that_its_file_replaces():

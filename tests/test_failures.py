@@ -291,7 +291,7 @@ def test_labels_outside_the_range_end_training_with_one_line(tmp_path, capsys):
         (archive / name).write_bytes(pickle.dumps(part, 2))
     (archive / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class{i}" for i in range(100)]}, 2))
     line = command(tmp_path, tmp_path / "run", "--dataset", "cifar100")
-    assert "labels from 0 to 100; cifar100 has 100 classes" in one_line_error(capsys, lambda: train_cifar100.main(line))
+    assert "train is damaged (its labels go from 0 to 100)" in one_line_error(capsys, lambda: train_cifar100.main(line))
 
 
 def evaluate(images: Path, file: Path, *more: str) -> int:

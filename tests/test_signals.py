@@ -112,6 +112,20 @@ def test_a_process_that_is_told_to_stop_ends_with_75_and_resumes_to_the_same_bit
     assert not list(differences(outcome(folder), outcome(tmp_path / "whole")))
 
 
+def test_ctrl_c_in_a_pipeline_saves_though_the_reader_of_the_output_is_gone(images, tmp_path):
+    """`python train_cifar100.py ... 2>&1 | tee file`: the signal ends tee first."""
+    folder = tmp_path / "run"
+    line = command(images, folder, "--epochs", "100000")
+    with subprocess.Popen([sys.executable, "train_cifar100.py", *line], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as process:
+        while b"epoch 2/" not in process.stdout.readline():
+            assert process.poll() is None
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == STOPPED
+    assert "SIGINT: stopped at" in (folder / "train.log").read_text()
+
+
 def test_a_signal_to_the_whole_process_group_does_not_end_the_data_loaders(tmp_path):
     """As batch schedulers and torchrun send it."""
     images, folder = make_images(tmp_path / "images", classes=2, train=40, test=2), tmp_path / "run"

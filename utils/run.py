@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -116,6 +117,7 @@ def open_log(path: Path | None = None) -> None:
     log.propagate = False
     close_log()
     terminal = logging.StreamHandler(sys.stdout)
+    terminal.handleError = _nobody_listens
     terminal.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(terminal)
     if path is not None:
@@ -123,6 +125,13 @@ def open_log(path: Path | None = None) -> None:
         file.handleError = lambda record: None   # a full disk: the next checkpoint says so, and better
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(file)
+
+
+def _nobody_listens(record: logging.LogRecord) -> None:
+    """Go on in silence when stdout is a pipe whose reader has ended, as `tee` does at Ctrl-C."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def close_log() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -37,7 +38,8 @@ class StopSignals:
             self._interrupted = True
         self.received = self.received or signal.Signals(number).name
         # print() must not be called here: the signal may have come in the middle of another print().
-        os.write(2, f"\n{self.received}: finishing this step, then saving (Ctrl-C twice leaves at once)\n".encode())
+        with suppress(OSError):   # the terminal may be gone
+            os.write(2, f"\n{self.received}: finishing this step, then saving (Ctrl-C twice leaves at once)\n".encode())
 
 
 def leave_signals_to_parent(worker: int = 0) -> None:
