@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import args as cli
 from args import build_parser, forbid, parse_args, require
+from utils import decoders, flags
 from utils.errors import UserError
 from utils.methods import build_model
 
@@ -23,13 +24,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # People's scripts depend on these spellings: add to the list, take nothing away.
 FLAGS = """
---arch --base --batch-size --block-step --bnAfter --bnFactor --bottleneck --budget --checkpoint --compress-factor --cost
---data-root --dataset --decay-rate --decoder --deterministic --device --dist_backend --distributed --ensemble_reweight
---epochs --evalmode --evaluate-from --flat_curve --gpu --grFactor --growthRate --help --image_size --images --learning-rate --local-rank
---local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones --method --momentum --nBlocks --nChannels --on_nan --optimizer
---print-freq --prune --reduction --result_dir --resume --save_suffix --scale-list --seed --skip_unreadable --start-epoch --step
---stepmode --sweep --tensorboard_dir --threads --trainable_ensemble --use-valid --val_workers --valid_size --wd
---weight-decay --workers -h -p
+--arch --base --batch-size --block-step --bnAfter --bnFactor --bottleneck --budget --checkpoint --compress-factor
+--cost --data-root --dataset --decay-rate --decoder --deterministic --device --dist_backend --distributed
+--ensemble_reweight --epochs --evalmode --evaluate-from --flat_curve --gpu --grFactor --growthRate --help --image_size
+--images --learning-rate --local-rank --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones --method
+--momentum --nBlocks --nChannels --on_nan --optimizer --print-freq --prune --reduction --result_dir --resume
+--save_suffix --scale-list --seed --skip_unreadable --start-epoch --step --stepmode --sweep --tensorboard_dir
+--threads --trainable_ensemble --use-valid --val_workers --valid_size --wd --weight-decay --workers -h -p
 """
 
 DEFAULTS = dict(
@@ -207,6 +208,10 @@ def test_the_flags_are_frozen():
 
 def test_the_defaults_are_frozen():
     assert vars(parse_args([])) == {**DEFAULTS, "explicit": frozenset()}
+
+
+def test_the_decoders_of_the_command_line_are_those_there_are():
+    assert tuple(decoders.DECODERS) == flags.DECODERS
 
 
 def test_every_flag_has_a_help_text_with_its_default():

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from args import NETWORK, parse_args
+from args import parse_args
+from utils.flags import NETWORK
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES, DATASETS = ("msdnet", "ranet"), ("cifar100", "imagenet")

@@ -8,12 +8,12 @@ from typing import Any
 from models import BoostedNet, expand_temperatures
 from utils.checkpoint import load_weights
 from utils.errors import UserError
+from utils.flags import NETWORK
 from utils.methods import build_model
 from utils.split import Split
 
-# Flags that say what a network is; a checkpoint carries them, and evaluation takes them from there.
-ARCHITECTURE = ("arch", "nBlocks", "base", "step", "stepmode", "nChannels", "growthRate", "grFactor", "bnFactor", "prune",
-                "reduction", "bottleneck", "block_step", "scale_list", "compress_factor", "num_classes", "image_size")
+# What says what a network is; a checkpoint carries it, and evaluation takes it from there.
+ARCHITECTURE = (*NETWORK, "num_classes", "image_size")
 
 
 def identify(args: argparse.Namespace) -> dict[str, Any]:
