@@ -22,8 +22,8 @@ from utils.early_exit import EarlyExit, Exits
 from utils.errors import UserError
 
 __all__ = ["EarlyExit", "Exits", "budget_curve", "budget_grid", "combine_sizes", "curve_position", "evaluate_thresholds",
-           "exit_index", "exit_shares", "fit_thresholds", "flatten", "mean_cost", "released_curve", "released_sweep",
-           "solve_exit_rate"]
+           "exit_index", "exit_shares", "fit_thresholds", "flatten", "mean_cost", "patience_curve", "released_curve",
+           "released_sweep", "solve_exit_rate"]
 
 BUDGET_TOLERANCE = 1e-9  # relative; for Newton's stop and for budgets a rounding error outside the reachable range
 RELEASED_NOBODY = 1e8  # the released program's threshold that no confidence reaches; its negative lets everybody leave
@@ -195,6 +195,24 @@ def budget_curve(val_confidence, val_correct, test_confidence, test_correct, cum
                        **_measure("valid", val_confidence, val_correct, thresholds, costs),
                        **_measure("test", test_confidence, test_correct, thresholds, costs)})
     return flatten(points) if flat else points
+
+
+def patience_curve(val_agreement, val_correct, test_agreement, test_correct, cumulative_costs) -> list[dict]:
+    """One point per patience k = 1 ... n_exits: inputs leave where k exits in a row agree, the rest at the last exit.
+
+    Args:
+        val_agreement, test_agreement: (n_exits, N) number of exits in a row, up to this one, that give the same answer.
+    Returns:
+        dicts with keys patience, budget (None: it is no choice), valid_* and test_* as from `budget_curve`.
+    """
+    points = []
+    for patience in range(1, len(val_agreement) + 1):
+        thresholds = np.full(len(val_agreement), patience, np.float32)
+        thresholds[-1] = -np.inf
+        points.append({"patience": patience, "budget": None,
+                       **_measure("valid", val_agreement, val_correct, thresholds, cumulative_costs),
+                       **_measure("test", test_agreement, test_correct, thresholds, cumulative_costs)})
+    return points
 
 
 def flatten(points: Sequence[dict]) -> list[dict]:

@@ -27,7 +27,8 @@ MAX_LAYERS = 1000
 FREE_ON_RESUME = frozenset((
     "result_dir", "tensorboard_dir", "data_root", "resume", "checkpoint", "start_epoch", "workers", "val_workers", "device",
     "gpu", "threads", "deterministic", "print_freq", "on_nan", "skip_unreadable", "distributed", "dist_backend", "local_rank",
-    "bnAfter", "evaluate_from", "evalmode", "budget", "cost", "images", "sweep", "flat_curve", "save_suffix",
+    "bnAfter", "evaluate_from", "evalmode", "ensemble", "policy", "budget", "cost", "images", "sweep", "flat_curve",
+    "save_suffix",
 ))
 
 
@@ -175,6 +176,14 @@ RULES: tuple[Rule, ...] = (
     Rule(("cost", "evalmode"),
          lambda a: a.cost == "macs" or a.evalmode != "anytime",
          lambda a: "budgets in time have no meaning with --evalmode anytime; use --evalmode realtime"),
+    Rule(("policy", "evalmode"),
+         lambda a: a.policy == "confidence" or a.evalmode != "anytime",
+         lambda a: "has no meaning with --evalmode anytime, where nothing leaves; use --evalmode dynamic or realtime"),
+    Rule(("policy", "budget", "sweep", "flat_curve", "images", "evalmode", "cost"),
+         lambda a: a.policy != "patience" or not (a.budget or a.sweep or a.flat_curve or a.images
+                                                or a.evalmode == "realtime" or a.cost == "latency"),
+         lambda a: "patience is simulated at operating points of its own, one for each number of exits that agree; it takes no "
+                   "--budget, --cost, --sweep, --flat_curve, --images or --evalmode realtime"),
     Rule(("budget", "evalmode"),
          lambda a: not a.budget or a.evalmode != "anytime",
          lambda a: "has no meaning with --evalmode anytime; use --evalmode dynamic or realtime"),
@@ -218,7 +227,8 @@ def _fill_in(args: Namespace) -> None:
         args.valid_size = dataset.valid_size
     if "cost" not in args.explicit and any(isinstance(value, Milliseconds) for value in args.budget or []):
         args.cost = "latency"
-    if "evalmode" not in args.explicit and (args.cost == "latency" or args.budget or args.sweep or args.flat_curve):
+    if "evalmode" not in args.explicit and (
+            args.cost == "latency" or args.budget or args.sweep or args.flat_curve or args.policy != "confidence"):
         args.evalmode = "realtime" if args.cost == "latency" else "dynamic"
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models import BoostedNet
+from utils.reading import Measure, confidence
 
 # Share of the running rows that must have left before the batch is made smaller.
 MIN_LEFT = 0.02
@@ -22,7 +23,7 @@ class Exits(NamedTuple):
 
     Attributes:
         prediction: (B,) int64, class with the largest F_n at the row's exit.
-        confidence: (B,) float32, its softmax probability.
+        confidence: (B,) float32, how certain it is: its softmax probability, or what else `measure` gives.
         exit: (B,) int64, exit the row left at, from 0.
     """
 
@@ -47,16 +48,18 @@ class EarlyExit:
         thresholds: (n_exits,), fitted in the same precision; the last one is not used, there everything leaves.
         costs: (n_exits,) cumulative cost of every exit, in the unit of `max_cost`.
         min_left: share of the running rows that must have left before the batch is made smaller.
+        measure: what is held against the thresholds, from 0 to 1; those of `utils.reading` that look at one exit.
     Raises:
         ValueError: when there is not one threshold, not NaN, and one rising cost per exit.
     """
 
     def __init__(self, model: BoostedNet, thresholds: Sequence[float] | np.ndarray | Tensor,
-                 costs: Sequence[float] | np.ndarray | Tensor | None = None, *, min_left: float = MIN_LEFT) -> None:
+                 costs: Sequence[float] | np.ndarray | Tensor | None = None, *, min_left: float = MIN_LEFT,
+                 measure: Measure = confidence) -> None:
         if not isinstance(model, BoostedNet):
             raise ValueError(f"EarlyExit runs a BoostedNet, got {type(model).__name__}; wrap a backbone: "
                              "BoostedNet(backbone, temperatures)")
-        self.model, self.min_left = model, min_left
+        self.model, self.min_left, self.measure = model, min_left, measure
         self.thresholds = _float32_thresholds(thresholds, model.n_exits)
         self.costs = None if costs is None else _as_list(costs)
         if self.costs is not None and (len(self.costs) != model.n_exits or not _rises(self.costs)):
@@ -99,20 +102,20 @@ class EarlyExit:
                 break
             if threshold == math.inf:   # nobody leaves, whatever the confidence
                 continue
-            confidence = _confidence(scores)
-            stays = running.present((confidence < threshold).cpu().numpy())   # here the host waits for the device
+            certainty = self.measure(scores)
+            stays = running.present((certainty < threshold).cpu().numpy())   # here the host waits for the device
             deadline.waited()
             n_left = len(stays) - np.count_nonzero(stays)
             if n_left == running.n_left:
                 continue
-            running.write(n, scores, confidence)
+            running.write(n, scores, certainty)
             if n_left == len(stays):
                 return running.results
             if n_left >= self.min_left * len(stays):
                 state, scores = running.shrink(stays, state, scores, partial(live, n))
             else:
                 running.mark(stays, n_left)
-        running.write(reached, scores, _confidence(scores))
+        running.write(reached, scores, self.measure(scores))
         return running.results
 
     def _last_affordable_exit(self, max_cost: float | None) -> int:
@@ -218,10 +221,6 @@ def _each(function: Callable[[Tensor], Tensor], state: Any) -> Any:
     return [_each(function, value) for value in state]
 
 
-def _confidence(scores: Tensor) -> Tensor:
-    return scores.float().softmax(dim=1).amax(dim=1)
-
-
 def _as_list(values: Any) -> list[float]:
     return torch.as_tensor(values if isinstance(values, Tensor) else np.asarray(values)).double().flatten().tolist()
 
@@ -238,7 +237,7 @@ def _float32_thresholds(thresholds: Any, n_exits: int) -> list[float]:
     with np.errstate(over="ignore"):   # what overflows becomes an infinity, with the same meaning
         rounded = exact.astype(np.float32)
     rounded = np.where(rounded < exact, np.nextafter(rounded, np.float32(np.inf)), rounded)
-    # A confidence lies above 0 and is at most 1; said so, the exit needs none at all.
+    # A confidence lies between 0 and 1; where it cannot matter, the exit needs none at all.
     return np.where(rounded > 1, np.inf, np.where(rounded <= 0, -np.inf, rounded)).tolist()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from utils.distributed import any_rank, gather_samples, of_all_ranks, rank, sum_over_ranks
 from utils.errors import TrainingDiverged
 from utils.objective import ExitLosses, Loss, valid_share
+from utils.reading import Measure, confidence
 
 
 class EpochFigures:
@@ -142,7 +143,7 @@ class Predictions(NamedTuple):
     """What evaluation keeps of a data set: two numbers per exit and sample, never the logits.
 
     Attributes:
-        confidence: (n_exits, N) float32, largest softmax probability.
+        confidence: (n_exits, N) float32, largest softmax probability, or what else tells a certain answer.
         correct: (n_exits, N) bool, top-1 hit.
         top5: (n_exits,) float64, percent of samples whose label is among the five highest (all, with fewer classes).
     """
@@ -158,21 +159,24 @@ class Predictions(NamedTuple):
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, batches) -> Predictions:
-    """Evaluate every exit on every sample of `batches`, each process its part; all get the whole, on the CPU, in file order."""
+def predict(model: nn.Module, batches, measure: Measure = confidence) -> Predictions:
+    """Evaluate every exit on every sample of `batches`, each process its part; all get the whole, on the CPU, in file order.
+
+    `measure` turns logits (n_exits, B, C) into what is kept as confidence (n_exits, B).
+    """
     was_training = model.training
     model.eval()
     n_exits, device = model.n_exits, next(model.parameters()).device
-    confidence, correct = [torch.empty(n_exits, 0, device=device)], [torch.empty(n_exits, 0, dtype=torch.bool, device=device)]
+    certainty, correct = [torch.empty(n_exits, 0, device=device)], [torch.empty(n_exits, 0, dtype=torch.bool, device=device)]
     top5 = torch.zeros(n_exits, dtype=torch.int64, device=device)
     for images, labels, _ in batches:
         all_logits = torch.stack([p.float() for p in model(images)])
-        confidence.append(all_logits.softmax(dim=2).amax(dim=2))
+        certainty.append(measure(all_logits))
         correct.append(all_logits.argmax(dim=2) == labels)
         k = min(5, all_logits.shape[2])
         top5 += (all_logits.topk(k, dim=2).indices == labels[:, None]).any(dim=2).sum(dim=1)
     model.train(was_training)
-    confidence, correct = torch.cat(confidence, dim=1), torch.cat(correct, dim=1)
-    index = batches.index[:confidence.shape[1]]   # images left out as unreadable shift the order, not the figures
-    confidence, correct = gather_samples(confidence, index).cpu(), gather_samples(correct.byte(), index).bool().cpu()
-    return Predictions(confidence, correct, 100 * sum_over_ranks(top5).double().cpu() / confidence.shape[1])
+    certainty, correct = torch.cat(certainty, dim=1), torch.cat(correct, dim=1)
+    index = batches.index[:certainty.shape[1]]   # images left out as unreadable shift the order, not the figures
+    certainty, correct = gather_samples(certainty, index).cpu(), gather_samples(correct.byte(), index).bool().cpu()
+    return Predictions(certainty, correct, 100 * sum_over_ranks(top5).double().cpu() / certainty.shape[1])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from adaptive_inference import budget_curve, flatten, released_curve, solve_exit_rate
+from adaptive_inference import budget_curve, flatten, patience_curve, released_curve, solve_exit_rate
 from models import BoostedNet
 from op_counter import measure_model
 from utils import distributed
@@ -19,6 +19,8 @@ from utils.engine import predict
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.operating_points import finite, require_hold_out
+from utils.reading import POLICIES, describe, read_exits
+from utils.reading import suffix as reading_suffix
 from utils.realtime import evaluate_realtime
 from utils.restore import identify, restore
 from utils.run import write_json
@@ -38,26 +40,37 @@ def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torc
         raise UserError(f"{args.evaluate_from} was trained on other classes than those of {args.data_root}; evaluate it with the "
                         "data set it was trained on")
     args.num_classes = args.num_classes or data.num_classes
-    model = restore(args, saved).to(device)
+    model, reading = read_exits(args, restore(args, saved).to(device))
     folder = Path(args.result_dir or Path(args.evaluate_from).parent)
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-    about = header(identify(args) | saved, folder, model, data)   # a released checkpoint says nothing about itself
+    # A released checkpoint says nothing about itself.
+    about = header(identify(args) | saved, folder, model, data, **reading)
+    suffix = reading_suffix(about) + args.save_suffix
     if args.evalmode == "realtime" or args.cost == "latency":
-        evaluate_realtime(model, data, folder, about=about, budgets=args.budget, cost=args.cost, suffix=args.save_suffix)
+        evaluate_realtime(model, data, folder, about=about, budgets=args.budget, cost=args.cost, suffix=suffix)
+    elif args.policy == "patience":
+        evaluate_patience(model, data, folder, about=about, suffix=suffix)
     elif args.evalmode == "dynamic":
         evaluate_budgeted(model, data, folder, about=about, budgets=args.budget, released=args.sweep == "released",
-                          flat=args.flat_curve, suffix=args.save_suffix)
+                          flat=args.flat_curve, suffix=suffix)
     else:
-        evaluate_anytime(model, data, folder, about=about, suffix=args.save_suffix)
+        evaluate_anytime(model, data, folder, about=about, suffix=suffix)
 
 
-def header(saved: dict[str, Any], folder: Path, model: BoostedNet, data) -> dict[str, Any]:
-    """What every result file says about the network it is of; `saved` is the content of its checkpoint."""
+def header(saved: dict[str, Any], folder: Path, model: BoostedNet, data, *, ensemble: str | None = None,
+           policy: str = "confidence") -> dict[str, Any]:
+    """What every result file says about the network it is of.
+
+    Args:
+        saved: content of its checkpoint.
+        ensemble: how `model` reads its exits (--ensemble); None for the way they were trained.
+        policy: what lets an input leave.
+    """
     macs, params = measure_model(model, data.image_size, data.image_size)
     split = saved.get("split")
     return {"format": 1, "name": folder.resolve().name, "dataset": saved["dataset"], "method": saved["method"],
-            "arch": saved["architecture"]["arch"], "config": saved["architecture"],
+            "arch": saved["architecture"]["arch"], "config": saved["architecture"], "ensemble": ensemble, "policy": policy,
             "temperatures": list(model.temperatures), "epoch": saved.get("epoch"), "epoch_kind": saved.get("epoch_kind"),
             "split_hash": split["hash"] if split else None, "n_valid": data.n_valid, "n_test": data.n_test, "macs": macs,
             "params": params}
@@ -106,37 +119,59 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
     macs = about["macs"]
     for budget in budgets or []:   # a budget out of range is refused before the network runs
         solve_exit_rate(macs, budget)
-    valid, test = predict(model, data.valid()), predict(model, data.test())
+    measure = POLICIES[about["policy"]]
+    valid, test = predict(model, data.valid(), measure), predict(model, data.test(), measure)
     arrays = (valid.confidence, valid.correct, test.confidence, test.correct, macs)
     fitted = released_curve(*arrays, flat=flat) if released else budget_curve(*arrays, budgets)
     points = flatten(fitted) if flat and not released else fitted
     result = {**about, "family": "released" if released else "eq9", "flat": flat,
               "points": [{**point, "thresholds": finite(point["thresholds"])} for point in points]}
-    if not distributed.is_main():
-        return result
-    _print_budgeted(result, data)
-    if not released:
-        _warn_of_missed_budgets(fitted, data.n_valid)
-    name = f"dynamic{'_flat' if flat else ''}{suffix}"
-    _write_columns(folder / f"{name}.txt", [(point["test_mean_macs"], point["test_top1"]) for point in points])
-    _write_costs(folder, macs)
-    write_json(folder / f"{name}.json", result)
+    if distributed.is_main():
+        _report_budgeted(result, data, folder, f"dynamic{'_flat' if flat else ''}{suffix}")
+        if not released:
+            _warn_of_missed_budgets(fitted, data.n_valid)
     return result
 
 
-def _print_budgeted(result: dict[str, Any], data) -> None:
-    released = result["family"] == "released"
-    family = "released sweep (shares ~ q^n, q = 1/20 ... 39/20)" if released else "budgets solved by eq. 9"
+def evaluate_patience(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], suffix: str = "") -> dict[str, Any]:
+    """Accuracy where inputs leave at the first exit that ends k exits in a row with the same answer, for every k.
+
+    Prints one row per k and writes dynamic{suffix}.txt, flops.pth and dynamic{suffix}.json, whose content it returns.
+
+    Raises:
+        UserError: without a hold-out.
+    """
+    require_hold_out(data)
+    valid, test = (predict(model, batches, POLICIES["patience"]) for batches in (data.valid(), data.test()))
+    points = patience_curve(valid.confidence, valid.correct, test.confidence, test.correct, about["macs"])
+    result = {**about, "family": "patience", "flat": False, "points": points}
+    if distributed.is_main():
+        _report_budgeted(result, data, folder, f"dynamic{suffix}")
+    return result
+
+
+# What the first column of a family's table is called, the entry of a point in it, and what the title says.
+_FAMILIES = {"eq9": ("budget", lambda point: millions(point["budget"]), "budgets solved by eq. 9"),
+             "released": ("q", lambda point: f"{point['p']:.2f}", "released sweep (shares ~ q^n, q = 1/20 ... 39/20)"),
+             "patience": ("patience", lambda point: point["patience"], "patience (exits in a row with one answer)")}
+
+
+def _report_budgeted(result: dict[str, Any], data, folder: Path, name: str) -> None:
+    """Print the table of a curve and write {name}.txt, {name}.json and flops.pth."""
+    column, first, family = _FAMILIES[result["family"]]
     rows = []
     for point in result["points"]:
-        asked = f"{point['p']:.2f}" if released else millions(point["budget"])
         shares = " ".join(f"{100 * share:3.0f}" for share in point["test_exit_share"])
-        rows.append([asked, millions(point["valid_mean_macs"]), millions(point["test_mean_macs"]),
+        rows.append([first(point), millions(point["valid_mean_macs"]), millions(point["test_mean_macs"]),
                      f"{point['valid_top1']:.2f}", f"{point['test_top1']:.2f}", shares])
-    print(format_table(["q" if released else "budget", "hold-out MACs", "test MACs", "hold-out top-1", "test top-1",
+    fitted = "thresholds from " if result["family"] != "patience" else ""
+    print(format_table([column, "hold-out MACs", "test MACs", "hold-out top-1", "test top-1",
                         "test exits, %"], rows,
                        title=f"\nBudgeted batch, {family}{', flat curve' if result['flat'] else ''}: {_describe(result)}\n"
-                             f"thresholds from {data.n_valid} held-out images, {data.n_test} test images, 10^6 MACs per image"))
+                             f"{fitted}{data.n_valid} held-out images, {data.n_test} test images, 10^6 MACs per image"))
+    _write_columns(folder / f"{name}.txt", [(point["test_mean_macs"], point["test_top1"]) for point in result["points"]])
+    _write_costs(folder, result["macs"])
+    write_json(folder / f"{name}.json", result)
 
 
 def _warn_of_missed_budgets(points: Sequence[dict[str, Any]], n_valid: int) -> None:
@@ -148,7 +183,7 @@ def _warn_of_missed_budgets(points: Sequence[dict[str, Any]], n_valid: int) -> N
 
 
 def _describe(about: dict[str, Any]) -> str:
-    described = f"{about['arch']} {about['method']} {about['dataset']}"
+    described = f"{about['arch']} {describe(about)} {about['dataset']}"
     return f"{described} epoch {about['epoch']} ({about['epoch_kind']})" if about["epoch"] else described
 
 

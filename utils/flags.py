@@ -10,6 +10,8 @@ from utils.cli import OneLineParser, list_of, number, true_false, whole
 
 IMAGE_SIZES = (32, 224)
 DECODERS = ("pillow", "torchcodec")   # those of utils.decoders, which takes long to import
+ENSEMBLES = ("none", "boost", "average", "poe")   # those of utils.reading, likewise
+POLICIES = ("confidence", "entropy", "margin", "patience")
 
 # Dest names of the flags that describe the network.
 NETWORK = ("arch", "nBlocks", "base", "step", "stepmode", "nChannels", "growthRate", "grFactor", "bnFactor", "prune",
@@ -172,6 +174,12 @@ def _evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=list_of(budget, ",", "40e6,60e6 or 3.5ms"), metavar="X[,X]",
         help="dynamic, realtime: mean cost per image to solve for, MACs or milliseconds such as 3.5ms (default: 40, in "
              "real time 5, budgets between the costs of the first and of the last exit)")
+    add("--ensemble", choices=ENSEMBLES,
+        help="read exit n from the raw outputs of exits 1 to n: alone, added up with the temperatures of --ensemble_reweight, "
+             "averaged as probabilities, or multiplied (product of experts); default: as the checkpoint's method says")
+    add("--policy", choices=POLICIES, default="confidence",
+        help="dynamic, realtime: what tells an answer certain enough to leave; patience: that many exits in a row agree, "
+             "simulated for every number of them (default: %(default)s)")
     add("--cost", choices=("macs", "latency"), default="macs",
         help="what budgets count; latency measures every exit on this device, with batches of --batch-size, and runs "
              "--evalmode realtime (default: macs; latency for budgets in milliseconds)")

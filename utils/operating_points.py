@@ -16,9 +16,9 @@ DEFAULT_BUDGETS = (0.1, 0.275, 0.45, 0.625, 0.8)
 
 
 def require_hold_out(data) -> None:
-    """Raise UserError where there are no images to fit thresholds on."""
+    """Raise UserError where there are no images to fit thresholds or choose a patience on."""
     if not data.n_valid:
-        raise UserError("thresholds are fitted on held-out training images, and this checkpoint knows of none; train with "
+        raise UserError("operating points are chosen on held-out training images, and this checkpoint knows of none; train with "
                         "--use-valid")
 
 
@@ -42,12 +42,16 @@ def finite(thresholds: Sequence[float]) -> list[float]:
     return [float(min(max(t, -1.0), 2.0)) for t in thresholds]
 
 
-def stored(folder: Path, saved: dict[str, Any], suffix: str = "") -> list[dict[str, Any]]:
+def stored(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperatures: Sequence[float] | None = None,
+           ensemble: str | None = None, policy: str = "confidence") -> list[dict[str, Any]]:
     """Points that `--evalmode dynamic` wrote for this very checkpoint; [] where there are none.
 
     Args:
         folder: of the evaluation's results.
         saved: content of the checkpoint.
+        suffix: of the file's name, as for `evaluation.evaluate_budgeted`.
+        temperatures: of the network that reads the exits, where not those of the checkpoint.
+        ensemble, policy: how the exits are read, as from `reading.read_exits`.
     """
     path = folder / f"dynamic{suffix}.json"
     try:
@@ -57,7 +61,8 @@ def stored(folder: Path, saved: dict[str, Any], suffix: str = "") -> list[dict[s
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); evaluate with --evalmode dynamic again") from error
     split = saved.get("split")
-    same = (curve.get("epoch") == saved.get("epoch") and curve.get("temperatures") == saved.get("temperatures")
+    read = {"temperatures": list(temperatures or saved.get("temperatures") or []), "ensemble": ensemble, "policy": policy}
+    same = (curve.get("epoch") == saved.get("epoch") and all(curve.get(name, how) == how for name, how in read.items())
             and curve.get("split_hash") == (split["hash"] if split else None))
     return curve["points"] if same and curve.get("family") == "eq9" and not curve.get("flat") else []
 

@@ -17,6 +17,7 @@ from utils.early_exit import EarlyExit
 from utils.engine import Predictions, predict
 from utils.errors import UserError
 from utils.inference import exit_times, prepare_for_inference
+from utils.reading import POLICIES, describe
 from utils.run import versions, write_json
 from utils.tables import format_table, millions
 
@@ -47,13 +48,15 @@ def evaluate_realtime(model: BoostedNet, data, folder: Path, *, about: dict[str,
     budgets = budgets or [operating_points.between(costs, fraction) for fraction in operating_points.DEFAULT_BUDGETS]
     for budget in budgets:   # a budget out of range is refused before the network runs
         operating_points.check(costs, budget, cost)
-    valid, test = predict(ready, data.valid()), predict(ready, data.test())
+    measure = POLICIES[about["policy"]]
+    valid, test = predict(ready, data.valid(), measure), predict(ready, data.test(), measure)
     points = []
     for budget in budgets:
         thresholds = operating_points.fit(valid.confidence, costs, budget)
+        early_exit = EarlyExit(ready, thresholds, measure=measure)
         promised = evaluate_thresholds(valid.confidence, valid.correct, thresholds, costs)[1]
         points.append({"budget": budget, "thresholds": operating_points.finite(thresholds), "valid_mean_cost": promised,
-                       **_run(EarlyExit(ready, thresholds), data.test(), test, thresholds, about["macs"], latency_ms)})
+                       **_run(early_exit, data.test(), test, thresholds, about["macs"], latency_ms)})
     result = {**about, "cost": cost, "batch_size": len(next(iter(data.test())).images), "latency_ms": latency_ms.tolist(),
               "versions": versions(next(model.parameters()).device), "points": points}
     _print(result, data)
@@ -110,7 +113,7 @@ def _print(result: dict[str, Any], data) -> None:
                      f"{point['top1']:.2f}", f"{point['simulated_top1']:.2f}", f"{point['seconds']:.2f}",
                      f"{point['ms_per_image']:.4g}", f"{point['predicted_ms']:.4g}", point["n_differ"],
                      " ".join(f"{100 * share:3.0f}" for share in point["exit_share"])])
-    title = (f"\nEarly exit in real time: {result['arch']} {result['method']} {result['dataset']}, {data.n_test} test images in "
+    title = (f"\nEarly exit in real time: {result['arch']} {describe(result)} {result['dataset']}, {data.n_test} test images in "
              f"batches of {result['batch_size']}, 10^6 MACs and ms per image\n"
              f"{machine['device']}, {machine['threads']} CPU threads, torch {machine['torch']}; to reach each exit "
              f"{' '.join(f'{ms:.3g}' for ms in result['latency_ms'])} ms per image")

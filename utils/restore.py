@@ -78,6 +78,8 @@ def _is_like(value: Any, example: Any) -> bool:
 
 
 def _take_over_temperatures(args: argparse.Namespace, stored: list[float]) -> None:
+    if args.ensemble == "boost" and not any(stored[1:]):   # trained alone, to be added up: with what, only the flag can say
+        return
     if "ensemble_reweight" in args.explicit and args.method != "joint":   # the baseline has no use for the flag
         try:
             given = expand_temperatures(args.ensemble_reweight, len(stored))
