@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from utils import cifar
-from utils.augment import CIFAR_STATISTICS, IMAGENET_STATISTICS
+from utils.augment import statistics_of
 from utils.catalog import DATASETS
 from utils.decoders import DECODERS
 from utils.device_images import DeviceImages
@@ -153,19 +153,20 @@ def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, bat
         raise UserError(f"unknown data set {dataset!r}; choose one of {', '.join(DATASETS)}")
     if decoder not in DECODERS:
         raise UserError(f"unknown decoder {decoder!r}; choose one of {', '.join(DECODERS)}")
+    statistics = statistics_of(dataset, image_size)
     if dataset == "imagenet" or image_size != 32:
         train, test = _first_rank_first(
             lambda: scan_once(data_root, ("val", "test") if dataset == "imagenet" else ("test", "val")), rank)
         class_names = train.class_names
         train_set, test_set = (
-            FolderImages(listing, statistics=IMAGENET_STATISTICS, image_size=image_size, device=device, workers=n,
+            FolderImages(listing, statistics=statistics, image_size=image_size, device=device, workers=n,
                          decoder=decoder, skip_unreadable=skip_unreadable)
             for listing, n in ((train, workers), (test, val_workers)))
     else:
         arrays = _first_rank_first(lambda: _read_small_images(dataset, data_root, quiet or rank > 0, rank == 0), rank)
         class_names = arrays["class_names"].tolist()
         train_set, test_set = (
-            DeviceImages(arrays[f"{part}_images"], arrays[f"{part}_labels"], statistics=CIFAR_STATISTICS,
+            DeviceImages(arrays[f"{part}_images"], arrays[f"{part}_labels"], statistics=statistics,
                          flips=dataset != "glyphs", device=device)  # a mirrored 5 is nearly a 2
             for part in ("train", "test"))
     num_classes = _count_classes(dataset, class_names, data_root)

@@ -6,8 +6,9 @@
 import sys
 
 from args import parse_args, require
-from dataloader import build_data
+from dataloader import Data, build_data
 from utils import checkpoint
+from utils.classify import classify_files
 from utils.distributed import process_group, rank, world_size
 from utils.errors import user_errors
 from utils.evaluation import evaluate
@@ -23,10 +24,16 @@ def main(argv: list[str] | None = None) -> int:
     with process_group(device, args.dist_backend):
         saved = checkpoint.load(args.evaluate_from)
         split = take_over(args, saved)   # what was trained decides what is evaluated
-        data = build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size,
-                          eval_batch_size=args.batch_size, device=device, split=split, val_workers=args.val_workers,
-                          decoder=args.decoder, skip_unreadable=args.skip_unreadable, rank=rank(), world=world_size())
-        evaluate(args, saved, data, device)
+
+        def open_data() -> Data:
+            return build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size,
+                              eval_batch_size=args.batch_size, device=device, split=split, val_workers=args.val_workers,
+                              decoder=args.decoder, skip_unreadable=args.skip_unreadable, rank=rank(), world=world_size())
+
+        if args.images:
+            classify_files(args, saved, open_data, device)
+        else:
+            evaluate(args, saved, open_data(), device)
     return 0
 
 

@@ -14,6 +14,11 @@ IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CACHED_VALUES = 2**20
 
 
+def statistics_of(dataset: str, image_size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel that the images of a data set are normalised with."""
+    return IMAGENET_STATISTICS if dataset == "imagenet" or image_size != 32 else CIFAR_STATISTICS
+
+
 class CropFlip:
     """Zero padding, a random crop back to the image's size and a random horizontal flip, on uint8 images.
 

@@ -52,6 +52,11 @@ def scaled_size(width: int, height: int, short: int) -> tuple[int, int]:
     return (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
 
 
+def evaluation_crop(decoder: Any, image: Any, size: int) -> np.ndarray:
+    """(size, size, 3) uint8 from a decoded image: shorter side to 256 for crops of 224, to the size itself where that is 32."""
+    return decoder.centre_crop(image, size * 8 // 7 if size != 32 else size, size)
+
+
 class PillowDecoder:
     """The faithful default."""
 

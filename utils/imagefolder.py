@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils.augment import Normalise
-from utils.decoders import DECODERS, random_box, sample_generator
+from utils.decoders import DECODERS, evaluation_crop, random_box, sample_generator
 from utils.errors import UserError
 from utils.listing import Listing
 from utils.sampling import Plan
@@ -59,7 +59,7 @@ class _Cropper(Dataset):
     def _crop(self, position: int) -> np.ndarray:
         image = self.decoder.load(self.listing.path(position))
         if self.draws is None:
-            return self.decoder.centre_crop(image, self.size * 8 // 7, self.size)  # 256 for 224
+            return evaluation_crop(self.decoder, image, self.size)
         generator = sample_generator(*self.draws, position)
         box = random_box(generator, *self.decoder.size(image))
         return self.decoder.resized_crop(image, box, self.size, flip=generator.random() < 0.5)
