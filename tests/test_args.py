@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAGS = """
 --arch --base --batch-size --block-step --bnAfter --bnFactor --bottleneck --budget --checkpoint --compress-factor
 --cost --data-root --dataset --decay-rate --decoder --deterministic --device --dist_backend --distributed
---ensemble_reweight --epochs --evalmode --evaluate-from --flat_curve --gpu --grFactor --growthRate --help --image_size
+--ensemble --ensemble_reweight --epochs --evalmode --evaluate-from --flat_curve --gpu --grFactor --growthRate --help --image_size
 --images --learning-rate --local-rank --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones --method
---momentum --nBlocks --nChannels --on_nan --optimizer --print-freq --prune --reduction --result_dir --resume
+--momentum --nBlocks --nChannels --on_nan --optimizer --policy --print-freq --prune --reduction --result_dir --resume
 --save_suffix --scale-list --seed --skip_unreadable --start-epoch --step --stepmode --sweep --tensorboard_dir
 --threads --trainable_ensemble --use-valid --val_workers --valid_size --wd --weight-decay --workers -h -p
 """
@@ -43,7 +43,8 @@ DEFAULTS = dict(
     block_step=2, scale_list=[1, 2, 3], compress_factor=0.25, bnAfter=True, method="boost", ensemble_reweight=[0.5],
     trainable_ensemble=False, loss_equal=False, epochs=300, start_epoch=0, batch_size=64, optimizer="sgd", lr_f=0.1,
     lr_type="multistep", lr_milestones=[100, 200], decay_rate=0.1, momentum=0.9, weight_decay=[1e-4],
-    evaluate_from=None, evalmode="anytime", budget=None, cost="macs", images=None, sweep=None, flat_curve=False, save_suffix="",
+    evaluate_from=None, evalmode="anytime", ensemble=None, policy="confidence", budget=None, cost="macs", images=None, sweep=None,
+    flat_curve=False, save_suffix="",
     distributed=False, dist_backend=None, local_rank=0,
 )
 
@@ -141,6 +142,12 @@ MISTAKES = [
     ("--budget inf", "--budget"),
     ("--budget 40e6,,60e6", "--budget"),
     ("--budget 40e6 --sweep released", "--budget"),
+    ("--ensemble mean", "--ensemble"),
+    ("--policy patient", "--policy"),
+    ("--evalmode anytime --policy entropy", "--policy"),
+    *((f"--policy patience {more}", "--policy") for more in (
+        "--budget 40e6", "--budget 3.5ms", "--sweep released", "--flat_curve", "--images a.png", "--evalmode realtime",
+        "--evalmode dynamic --cost latency")),
     ("--evalmode anytime --budget 40e6", "--budget"),
     ("--evalmode anytime --sweep released", "--sweep"),
     ("--evalmode anytime --flat_curve", "--flat_curve"),
@@ -296,6 +303,7 @@ def test_a_budget_or_sweep_alone_means_dynamic_evaluation():
     assert parse_args(["--budget", "40e6"]).evalmode == "dynamic"
     assert parse_args(["--sweep", "released"]).evalmode == "dynamic"
     assert parse_args(["--flat_curve"]).evalmode == "dynamic"
+    assert parse_args(["--policy", "margin"]).evalmode == "dynamic"
 
 
 def test_a_budget_in_milliseconds_means_evaluation_in_real_time():

@@ -18,6 +18,7 @@ from utils.early_exit import EarlyExit, Exits
 from utils.engine import predict
 from utils.errors import UserError
 from utils.inference import prepare_for_inference
+from utils.reading import POLICIES, read_exits, suffix
 from utils.restore import restore
 from utils.tables import format_table, millions
 
@@ -38,22 +39,25 @@ def classify_files(args: argparse.Namespace, saved: dict[str, Any], open_data: C
     images = read_images(args.images, args.dataset, args.image_size)   # a wrong path is found before anything is computed
     if args.num_classes is None:
         raise UserError(f"{args.evaluate_from} does not say how many classes it has; --images needs a checkpoint made here")
-    model = restore(args, saved).to(device)
+    model, reading = read_exits(args, restore(args, saved).to(device))
     macs = measure_model(model, args.image_size, args.image_size)[0]
     ready = prepare_for_inference(model)
     folder = Path(args.result_dir or Path(args.evaluate_from).parent)
     budget = args.budget[0] if args.budget else None
     if budget:
         operating_points.check(macs, budget)
-    point = operating_points.choose(operating_points.stored(folder, saved, args.save_suffix), macs, budget)
+    measure = POLICIES[args.policy]
+    points = operating_points.stored(folder, saved, suffix(reading) + args.save_suffix, temperatures=model.temperatures,
+                                     **reading)
+    point = operating_points.choose(points, macs, budget)
     if point:
         thresholds, budget = point["thresholds"], point["budget"]
     else:
         data, budget = open_data(), budget or operating_points.between(macs, 0.5)
         operating_points.require_hold_out(data)
-        thresholds = operating_points.fit(predict(ready, data.valid()).confidence, macs, budget)
-    results = _run(EarlyExit(ready, thresholds), images, args.batch_size, device)
-    _print(args.images, results, saved.get("class_names"), macs, budget)
+        thresholds = operating_points.fit(predict(ready, data.valid(), measure).confidence, macs, budget)
+    results = _run(EarlyExit(ready, thresholds, measure=measure), images, args.batch_size, device)
+    _print(args.images, results, saved.get("class_names"), macs, budget, args.policy)
 
 
 def read_images(paths: Sequence[str], dataset: str, image_size: int) -> Tensor:
@@ -79,10 +83,12 @@ def _run(early_exit: EarlyExit, images: Tensor, batch_size: int, device: torch.d
     return Exits(*(torch.cat(column).cpu() for column in zip(*parts)))
 
 
-def _print(paths: Sequence[str], results: Exits, class_names: Sequence[str] | None, macs: Sequence[int], budget: float) -> None:
+def _print(paths: Sequence[str], results: Exits, class_names: Sequence[str] | None, macs: Sequence[int], budget: float,
+           policy: str) -> None:
+    certainty = "confidence %" if policy == "confidence" else f"certainty by {policy} %"
     rows = []
     for path, prediction, confidence, exit_ in zip(paths, *(column.tolist() for column in results)):
         name = class_names[prediction] if class_names else f"class {prediction}"
         rows.append([path, name, f"{100 * confidence:.1f}", exit_ + 1, millions(macs[exit_])])
-    print(format_table(["file", "class", "confidence %", "exit", "10^6 MACs"], rows,
+    print(format_table(["file", "class", certainty, "exit", "10^6 MACs"], rows,
                        title=f"\nThresholds for {millions(budget)} x 10^6 MACs on average; all exits take {millions(macs[-1])}"))

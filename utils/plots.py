@@ -6,7 +6,7 @@
 Reads every anytime*.json and dynamic*.json that eval_cifar100.py or eval_imagenet.py left in the folders. Sizes of one
 model (same architecture and method, other flags) become one budgeted curve: at each budget the size with the best
 hold-out accuracy. Training leaves an anytime.json of its last epoch; where the folder has an anytime file with a suffix
-(--save_suffix), those with a suffix are drawn and anytime.json is not.
+(--save_suffix), those with a suffix are drawn and anytime.json is not. Other ensembles and policies are curves of their own.
 """
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from utils.cli import OneLineParser
 from utils.errors import UserError, user_errors
 from utils.files import atomic_write
 from utils.paper import ANYTIME, BUDGETED, Published
+from utils.reading import reading_words
 
 # Okabe and Ito's palette, distinguishable with every common form of colour blindness.
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
@@ -36,7 +37,8 @@ METHODS = {"boost": "BoostNet", "joint": "joint training"}
 ARCHITECTURES = {"msdnet": "MSDNet without rescaling", "msdnet_ge": "MSDNet",
                  "ranet": "RANet", "ranet_ge": "RANet with rescaling"}
 PAPER_BACKBONES = {"msdnet": "MSDNet", "ranet": "RANet"}
-FAMILIES = {"eq9": "shares of eq. 9, one solution per budget", "released": "released sweep, shares proportional to $q^n$"}
+FAMILIES = {"eq9": "shares of eq. 9, one solution per budget", "released": "released sweep, shares proportional to $q^n$",
+            "patience": "one point per patience: exits in a row with one answer"}
 
 
 def _is_number(value: Any) -> bool:
@@ -107,9 +109,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; pass the --result_dir of a run")
-    anytime = sorted(folder.glob("anytime*.json"))
-    suffixed = [path for path in anytime if path.name != "anytime.json"]
-    paths = [*(suffixed or anytime), *sorted(folder.glob("dynamic*.json"))]
+    paths = [*sorted(folder.glob("anytime*.json")), *sorted(folder.glob("dynamic*.json"))]
     if not paths:
         raise UserError(f"{folder} has no anytime*.json or dynamic*.json; evaluate its checkpoint first: "
                         f"python eval_cifar100.py --evaluate-from {folder}/model_best.pth")
@@ -123,8 +123,10 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         if not _has(FIELDS[kind], content) or kind == "anytime" and len(content["top1"]) != len(content["macs"]):
             raise UserError(f"{path} is not a complete evaluation file; write it again with eval_cifar100.py")
         suffix = path.stem.removeprefix(kind).removeprefix("_flat")
-        results.append({**{key: content[key] for key in FIELDS[kind]}, "name": content["name"] + suffix, "suffix": suffix})
-    return results
+        results.append({**{key: content[key] for key in FIELDS[kind]}, "name": content["name"] + suffix, "suffix": suffix,
+                        **{key: content[key] for key in ("ensemble", "policy") if _is_text(content.get(key))}})
+    suffixed = any("points" not in result and result["suffix"] and "ensemble" not in result for result in results)
+    return [result for result in results if not suffixed or "points" in result or result["suffix"]]
 
 
 def group_sizes(results: Sequence[dict], separate: bool) -> list[list[dict]]:
@@ -196,9 +198,11 @@ def labels(results: Sequence[dict], sizes: Sequence[int] | None = None, name_fam
     found = []
     for result, size in zip(results, sizes or [1] * len(results), strict=True):
         method, arch = result["method"], result["arch"]
-        words = [f"{METHODS.get(method, method)}, {ARCHITECTURES.get(arch, arch)}"]
+        words = [f"{METHODS.get(method, method)}, {ARCHITECTURES.get(arch, arch)}", *reading_words(result)]
         words += [f"{size} sizes combined"] if size > 1 else []
-        words += [{"eq9": "eq. 9", "released": "released sweep"}[result["family"]]] if name_family else []
+        # Of patience the words of the reading tell already.
+        families = {"eq9": ["eq. 9"], "released": ["released sweep"]}
+        words += families.get(result["family"], []) if name_family else []
         words += ["flat curve"] if result.get("flat") else []
         found.append(", ".join(words))
     return [plain(f"{label} ({result['name']})" if found.count(label) > 1 else label)

@@ -79,6 +79,11 @@ def suffix(about: dict[str, Any]) -> str:
 
 
 def describe(about: dict[str, Any]) -> str:
-    """Method, ensemble and policy of a result file in words; the usual ones, and those of older files, are not named."""
-    how = ", ".join(filter(None, (ENSEMBLES.get(about.get("ensemble")), LEAVING.get(about.get("policy")))))
-    return f"{about['method']} ({how})" if how else about["method"]
+    """The method of a result file, with ensemble and policy where they are not the usual ones (older files have none)."""
+    how = reading_words(about)
+    return f"{about['method']} ({', '.join(how)})" if how else about["method"]
+
+
+def reading_words(about: dict[str, Any]) -> list[str]:
+    """What is not usual in how a result file's exits were read."""
+    return [words for words in (ENSEMBLES.get(about.get("ensemble")), LEAVING.get(about.get("policy"))) if words]
