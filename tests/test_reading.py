@@ -13,6 +13,7 @@ from adaptive_inference import EarlyExit, exit_index, exit_shares, fit_threshold
 from dataloader import build_data
 from models import BoostedNet, MSDNet, RANet, read_as
 from utils import flags, operating_points, reading
+from utils.classify import read_images
 from utils.inference import load_model, prepare_for_inference
 from utils.plots import labels, read_results
 from utils.split import Split
@@ -275,7 +276,16 @@ def test_images_leave_by_the_policy_and_take_no_thresholds_of_another(images, jo
     def exit_of(*more):
         assert evaluate(images, joint, "--images", picture, *budget, *more, into=tmp_path) == 0
         table = capsys.readouterr().out
-        return table, int(table.splitlines()[-1].split()[-2])
+        *_, certainty, left_at, _ = table.splitlines()[-1].split()
+        left_at = int(left_at)
+        name = more[1] if "--policy" in more else "confidence"
+        prediction = read_as("average" if "average" in more else "none", plain.backbone, []).boost(raw)[left_at - 1]
+        assert float(certainty) == pytest.approx(100 * reading.POLICIES[name](prediction).item(), abs=0.06)
+        return table, left_at
+
+    plain, _ = load_model(joint / "model_latest.pth")
+    with torch.inference_mode():
+        raw = plain.backbone(read_images([picture], "folder", 32))
 
     table, left_at = exit_of()
     assert "confidence %" in table and left_at == 3

@@ -1,0 +1,219 @@
+"""Train every method at the same recipe, evaluate each in both prediction modes, and put all into one table and one figure.
+
+    python -m utils.compare                                      # a small MSDNet on `glyphs`, in results/compare
+    python -m utils.compare --methods boost,joint --epochs 8
+    python -m utils.compare --result_dir results/c100 --dataset cifar100 --data-root data/cifar100 --nBlocks 5 --nChannels 16
+
+Every flag besides --result_dir, --methods and --svg is one of train_cifar100.py's and goes to all runs; it wins over the small
+recipe. A run has its own folder, named after its method. Started again, the command leaves finished runs alone and goes on with
+one that was interrupted. The networks compared are those of the last epoch, which nothing has chosen. Exits that were trained
+jointly are also read as ensembles (--ensemble of eval_cifar100.py).
+"""
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.checkpoint import LATEST
+from utils.cli import OneLineParser, is_path
+from utils.comparison import FOOTPRINT, draw, markdown, read_row, text
+from utils.errors import FAILURE, STOPPED, UserError, user_errors
+from utils.files import atomic_write
+from utils.flags import build_parser
+from utils.plots import save
+from utils.run import RESULTS, SPLIT
+
+ROOT = Path(__file__).parent.parent
+COMMAND = "command.json"
+
+# A few minutes a method on one core, as in msdnet_scripts/quickstart.sh.
+RECIPE = ("--dataset glyphs --threads 1 --use-valid --arch msdnet_ge --nBlocks 4 --base 1 --step 2 --nChannels 4 --growthRate 4 "
+          "--epochs 4 --lr_milestones 2,3 --batch-size 64").split()
+# What evaluation is told again; all else it finds in the checkpoint.
+PLACE = ("data_root", "device", "gpu", "threads", "val_workers")
+# Flags that this program sets, or has no use for.
+OWN = ("method", "resume", "checkpoint", "start_epoch", "tensorboard_dir", "evaluate_from", "evalmode", "ensemble", "policy",
+       "budget", "cost", "images", "sweep", "flat_curve", "save_suffix")
+
+
+class Recipe(NamedTuple):
+    """What a method needs besides the common flags.
+
+    Attributes:
+        flags: of its own.
+        after: the method whose trained network it starts from.
+        ensembles: other ways to read its exits that are compared too.
+    """
+
+    flags: tuple[str, ...] = ()
+    after: str | None = None
+    ensembles: tuple[str, ...] = ()
+
+
+RECIPES = {"joint": Recipe(ensembles=("boost", "average", "poe")), "imta": Recipe(after="joint"),
+           "block_losses": Recipe(flags=("--overlap", "3"))}
+
+
+class Failed(Exception):
+    """A run ended with an error, which it has printed itself."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+def method_names() -> list[str]:
+    """The methods of the command line."""
+    return next(list(action.choices) for action in build_parser()._actions if action.dest == "method")
+
+
+def recipe_of(method: str) -> Recipe:
+    return RECIPES.get(method, Recipe())
+
+
+def train(method: str, folder: Path, flags: Sequence[str]) -> None:
+    """Train one method in folder/method, unless that is done.
+
+    Raises:
+        Failed: when the run did not end well.
+    """
+    run, recipe = folder / method, recipe_of(method)
+    command = ["--method", method, *flags, *recipe.flags]
+    if _content(run / COMMAND) == command and "test" in (_content(run / RESULTS) or {}):
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    start = ["--resume"]
+    if recipe.after and not (run / LATEST).exists():
+        for name in (RESULTS, SPLIT):   # of a run that was killed before it saved anything, and that cannot be resumed
+            (run / name).unlink(missing_ok=True)
+        start = ["--checkpoint", str(folder / recipe.after / LATEST)]
+    _call([str(ROOT / "utils" / "footprint.py"), str(run / FOOTPRINT), str(ROOT / "train_cifar100.py"), "--result_dir", str(run),
+           *command, *start])
+    with atomic_write(run / COMMAND) as file:   # behind a refusal to resume with other flags, the old ones stay
+        file.write(json.dumps(command).encode())
+
+
+def evaluate(method: str, folder: Path, flags: Sequence[str]) -> None:
+    """Write the evaluation files of one method that are missing, or older than its checkpoint."""
+    checkpoint = folder / method / LATEST
+    for ensemble in (None, *recipe_of(method).ensembles):
+        for mode in ("anytime", "dynamic"):
+            path = folder / method / f"{mode}{f'_{ensemble}' if ensemble else ''}.json"
+            if not path.exists() or path.stat().st_mtime < checkpoint.stat().st_mtime:
+                _call([str(ROOT / "eval_cifar100.py"), "--evaluate-from", str(checkpoint), "--evalmode", mode, *flags,
+                       *(["--ensemble", ensemble] if ensemble else [])], quiet=True)
+
+
+def _content(path: Path):
+    """Content of a JSON file; None where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _call(command: Sequence[str], *, quiet: bool = False) -> None:
+    """Run a Python script, passing signals on to it; `quiet` keeps all but its errors from the terminal."""
+    print("+", *command, flush=True)
+    stdout = subprocess.DEVNULL if quiet else None
+    # In a session of its own, Ctrl-C reaches it once, from here, and not from the terminal as well.
+    with subprocess.Popen([sys.executable, *command], stdout=stdout, start_new_session=True) as child, _passed_on(child):
+        code = child.wait()
+    if code:
+        raise Failed(code)
+
+
+@contextmanager
+def _passed_on(child: subprocess.Popen) -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.signal(number, lambda received, frame: child.send_signal(received)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+def parse(argv: Sequence[str] | None) -> tuple[Namespace, list[str], list[str]]:
+    """The program's own flags, and those for training and for evaluation."""
+    known = method_names()
+
+    def methods(given: str) -> list[str]:
+        names = list(dict.fromkeys(given.split(",")))
+        for name in names:
+            if name not in known:
+                raise ArgumentTypeError(f"there is no method {name!r}; choose from {','.join(known)}")
+            after = recipe_of(name).after
+            if after and after not in names:
+                raise ArgumentTypeError(f"{name} starts from the network of {after}; add that")
+        return sorted(names, key=lambda name: recipe_of(name).after is not None)
+
+    parser = OneLineParser("python -m utils.compare", description=__doc__, allow_abbrev=False,
+                           formatter_class=RawDescriptionHelpFormatter, usage="%(prog)s [flags] [flags of train_cifar100.py]")
+    parser.add_argument("--result_dir", default="results/compare", metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--methods", type=methods, default=",".join(known), metavar="A,B", help="default: %(default)s")
+    parser.add_argument("--svg", action="store_true", help="write compare.svg beside compare.png")
+    own, rest = parser.parse_known_args(argv)
+    if not is_path(own.result_dir):
+        parser.error("argument --result_dir: must be a path")
+    training = build_parser()
+    training.prog = parser.prog
+    given, explicit = training.parse_given(RECIPE + rest)
+    unwanted = [training.spelling(name) for name in OWN if name in explicit]
+    if unwanted:
+        parser.error(f"{' and '.join(unwanted)} cannot be chosen here: the program sets it, or has no use for it")
+    place = [word for name in PLACE if name in explicit for word in (training.spelling(name), str(getattr(given, name)))]
+    return own, RECIPE + rest, place
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    own, training, place = parse(argv)
+    folder, done, failed = Path(own.result_dir), [], []
+    with user_errors():
+        for method in own.methods:
+            if recipe_of(method).after in failed:
+                failed.append(method)
+                continue
+            try:
+                train(method, folder, training)
+                evaluate(method, folder, place)
+                done.append(method)
+            except Failed as error:
+                if error.code != FAILURE:   # a mistake would meet the other methods too, and a signal meant all
+                    if error.code == STOPPED:
+                        print("stopped; the same command goes on from there", flush=True)
+                    return error.code if error.code > 0 else FAILURE
+                failed.append(method)
+        if not done:
+            raise UserError(f"no method could be trained: {', '.join(failed)}")
+        report(folder, done, failed, svg=own.svg)
+    return FAILURE if failed else 0
+
+
+def report(folder: Path, methods: Sequence[str], failed: Sequence[str] = (), *, svg: bool = False) -> None:
+    """Print the table of finished runs and write compare.md and compare.png (and .svg)."""
+    names = method_names()
+    rows = [read_row(folder / method, ensemble, after=_after(folder, method), colour=names.index(method), reading=reading)
+            for method in methods for reading, ensemble in enumerate((None, *recipe_of(method).ensembles))]
+    print("\n" + text(rows))
+    if failed:
+        print(f"failed, see above, and not in the table: {', '.join(failed)}")
+    with atomic_write(folder / "compare.md") as file:
+        file.write(markdown(rows).encode())
+    for path in [folder / "compare.md", *save(draw(rows), folder / "compare", svg=svg)]:
+        print(path)
+
+
+def _after(folder: Path, method: str) -> Path | None:
+    after = recipe_of(method).after
+    return folder / after if after else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
