@@ -298,6 +298,21 @@ def test_images_leave_by_the_policy_and_take_no_thresholds_of_another(images, jo
     assert exit_of("--policy", "entropy")[1] == 3
 
 
+def test_stored_points_are_taken_only_for_the_same_way_of_reading(images, joint, tmp_path):
+    evaluate(images, joint, "--evalmode", "dynamic", into=tmp_path)
+    _, saved = load_model(joint / "model_latest.pth")
+    usual = {"temperatures": [0.0] * 3, "ensemble": None, "policy": "confidence"}
+    content = json.loads((tmp_path / "dynamic.json").read_text())
+    assert content | usual == content
+    assert len(operating_points.stored(tmp_path, saved, **usual)) == len(operating_points.stored(tmp_path, saved)) == 40
+    for other in ({"temperatures": [1.0] * 3}, {"ensemble": "average"}, {"policy": "margin"}):
+        assert operating_points.stored(tmp_path, saved, **usual | other) == []
+    for name in ("ensemble", "policy"):   # a file from before there was a choice
+        del content[name]
+    (tmp_path / "dynamic.json").write_text(json.dumps(content))
+    assert len(operating_points.stored(tmp_path, saved)) == 40
+
+
 @pytest.mark.parametrize("flag", [("--ensemble", "average"), ("--policy", "entropy")])
 def test_training_has_no_use_for_flags_of_evaluation(images, tmp_path, capsys, flag):
     message = tiny.one_line_error(capsys, lambda: train_cifar100.main(tiny.command(images, tmp_path / "run", *flag)))
