@@ -1,0 +1,128 @@
+"""Evaluation that really stops, through the entry points: --evalmode realtime, budgets in milliseconds, --images."""
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import eval_cifar100
+import train_cifar100
+from utils import realtime
+from utils.inference import load_model, prepare_for_inference
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tiny.make_images(tmp_path_factory.mktemp("data") / "images", test=20)
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "boost"
+    assert train_cifar100.main(tiny.command(images, folder, "--valid_size", "20")) == 0
+    return folder
+
+
+def evaluate(images, run, *more):
+    return eval_cifar100.main(["--data-root", str(images), "--evaluate-from", str(run / "model_best.pth"), "--device", "cpu",
+                               "--threads", "1", *map(str, more)])
+
+
+def test_real_time_says_what_the_simulation_says_and_how_long_it_took(images, run, capsys):
+    assert evaluate(images, run, "--evalmode", "realtime") == 0
+    printed = capsys.readouterr().out
+    result = json.loads((run / "realtime.json").read_text())
+    assert len(result["points"]) == 5 and result["cost"] == "macs"
+    for point in result["points"]:
+        assert point["n_differ"] == point["n_differ_by_rounding"]
+        assert point["top1"] == pytest.approx(point["simulated_top1"], abs=100 / 60 * point["n_differ"] + 1e-9)
+        assert sum(point["exit_share"]) == pytest.approx(1)
+        assert point["mean_macs"] == pytest.approx(np.dot(point["exit_share"], result["macs"]))
+        assert point["ms_per_image"] == pytest.approx(1e3 * point["seconds"] / 60)
+    assert all(word in printed for word in ("top-1", "simulated", "wall s", "exits, %", "of 300 answers differ"))
+
+
+def test_a_budget_of_macs_in_real_time_spends_what_the_simulated_one_spends(images, run):
+    macs = json.loads((run / "results.json").read_text())["test"]["macs"]
+    budget = round((macs[0] + macs[1]) / 2)
+    assert evaluate(images, run, "--evalmode", "realtime", "--budget", budget) == 0
+    assert evaluate(images, run, "--evalmode", "dynamic", "--budget", budget) == 0
+    real, = json.loads((run / "realtime.json").read_text())["points"]
+    simulated, = json.loads((run / "dynamic.json").read_text())["points"]
+    assert real["thresholds"] == pytest.approx(simulated["thresholds"], abs=1e-5)
+    assert real["mean_macs"] == pytest.approx(simulated["test_mean_macs"])
+    assert real["top1"] == pytest.approx(simulated["test_top1"])
+
+
+def test_a_budget_in_milliseconds_is_solved_with_measured_costs(images, run, monkeypatch, capsys):
+    monkeypatch.setattr(realtime, "measure_latency", lambda model, images: np.array([2.0, 6.0]))
+    assert evaluate(images, run, "--budget", "4ms") == 0
+    result = json.loads((run / "realtime.json").read_text())
+    point, = result["points"]
+    assert result["cost"] == "latency" and result["latency_ms"] == [2.0, 6.0]
+    assert point["budget"] == 4.0 and point["valid_mean_cost"] == pytest.approx(4.0, abs=0.11)   # 20 images held out
+    assert point["predicted_ms"] == pytest.approx(np.dot(point["exit_share"], [2, 6]))
+    assert "budget, ms" in capsys.readouterr().out
+
+
+def test_measured_latency_rises_from_exit_to_exit(run):
+    model, _ = load_model(run / "model_best.pth")
+    latency = realtime.measure_latency(prepare_for_inference(model), torch.randn(8, 3, 32, 32))
+    assert latency.shape == (2,) and 0 < latency[0] < latency[1] < 1000
+
+
+def test_a_budget_in_milliseconds_out_of_range_names_the_range(images, run, monkeypatch, capsys):
+    monkeypatch.setattr(realtime, "measure_latency", lambda model, images: np.array([2.0, 6.0]))
+    message = tiny.one_line_error(capsys, lambda: evaluate(images, run, "--budget", "1ms"))
+    assert "spends 2 to 6 ms per image" in message
+
+
+def test_a_persons_own_files_are_classified_with_the_thresholds_of_the_run(images, run, tmp_path, capsys):
+    from PIL import Image
+
+    assert evaluate(images, run, "--evalmode", "dynamic") == 0
+    capsys.readouterr()
+    mine = [images / "test" / "class2" / "0.png", tmp_path / "wide.jpg"]
+    Image.new("L", (200, 90), 120).save(mine[1])
+    # Without the data: thresholds were left by the evaluation before.
+    assert eval_cifar100.main(["--data-root", str(tmp_path / "nowhere"), "--evaluate-from", str(run / "model_best.pth"),
+                               "--device", "cpu", "--images", *map(str, mine)]) == 0
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    for line, path in zip(lines, mine):
+        file, name, confidence, exit_, macs = line.split()
+        assert file == str(path) and name in ("class0", "class1", "class2")
+        assert 100 / 3 <= float(confidence) <= 100 and exit_ in "12" and float(macs) > 0
+
+
+def test_images_are_fitted_to_a_budget_that_no_evaluation_has_left(images, run, tmp_path, capsys):
+    macs = json.loads((run / "results.json").read_text())["test"]["macs"]
+    file = images / "test" / "class0" / "0.png"
+    assert evaluate(images, run, "--images", file, "--budget", macs[0], "--result_dir", tmp_path) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[-2] == "1"   # a budget of the first exit alone
+
+
+def test_mistakes_with_images_end_with_one_line(images, run, tmp_path, capsys):
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    assert str(text) in tiny.one_line_error(capsys, lambda: evaluate(images, run, "--images", text))
+    assert "missing.png" in tiny.one_line_error(capsys, lambda: evaluate(images, run, "--images", tmp_path / "missing.png"))
+    file = images / "test" / "class0" / "0.png"
+    assert "out of range" in tiny.one_line_error(capsys, lambda: evaluate(images, run, "--images", file, "--budget", 1))
+
+
+def test_thresholds_of_another_checkpoint_are_not_used(images, run, tmp_path, capsys):
+    """The file beside it is of another epoch: without data there is nothing to fit on, and the program says so."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    (folder / "model_best.pth").write_bytes((run / "model_best.pth").read_bytes())
+    assert evaluate(images, folder, "--evalmode", "dynamic") == 0
+    curve = json.loads((folder / "dynamic.json").read_text())
+    (folder / "dynamic.json").write_text(json.dumps({**curve, "epoch": 99}))
+    capsys.readouterr()
+    message = tiny.one_line_error(capsys, lambda: eval_cifar100.main([
+        "--data-root", str(tmp_path / "nowhere"), "--evaluate-from", str(folder / "model_best.pth"), "--device", "cpu",
+        "--images", str(images / "test" / "class0" / "0.png")]))
+    assert "nowhere" in message
