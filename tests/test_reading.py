@@ -131,7 +131,7 @@ def test_inputs_that_really_leave_get_what_the_simulation_says(backbone, pixels,
     thresholds = fit_thresholds(certainty, exit_shares(0.4, 4))
     expected = exit_index(certainty, thresholds)
     assert len(set(expected)) == 4
-    got = EarlyExit(model, thresholds, measure=measure, min_left=0)(pixels)
+    got = EarlyExit(model, thresholds, measure=measure)(pixels)
     # The last bits depend on the size of the batch; thresholds are certainties of these very images.
     near = (np.abs(certainty.numpy() - thresholds[:, None]) < 1e-6).any(axis=0)
     same = got.exit.numpy() == expected
