@@ -78,7 +78,7 @@ def test_table_figure_and_markdown_come_from_the_runs(compared):
     assert results["test"]["top1"] == rows[0].anytime["top1"]   # of the last epoch
     assert lines[4][7:] == ["", ""]   # reading the exits in another way is not training
     assert (compared / "compare.png").read_bytes().startswith(b"\x89PNG")
-    for words in ("12 test images", "8 held-out images", "2 epochs, seed 0", "1 CPU thread,"):
+    for words in ("12 test images", "8 held-out images", "2 epochs, seed 0", "1 CPU thread, torch"):
         assert words in table
     assert 100 < int(lines[2][8]) < 4000
 

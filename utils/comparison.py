@@ -111,18 +111,18 @@ def _heading(rows: Sequence[Row]) -> list[str]:
     threads = f"{machine['threads']} CPU thread{'s' if machine['threads'] > 1 else ''}"
     memory = "of the GPU that PyTorch's tensors took" if first.on_gpu else "resident"
     return [title(rows),
-            f"Top-1 % on {first.anytime['n_test']} test images, last epoch. exit n (10^6 MACs): of that exit on all images. mean "
-            f"x: of the budgeted curve at x 10^6 MACs per image on average, interpolated between its points, thresholds from "
+            f"Last epoch, {first.anytime['n_test']} test images, top-1 in percent. exit n (10^6 MACs): on all images.",
+            "mean x: of the budgeted curve at x 10^6 MACs per image on average, interpolated between its points; "
             f"{first.anytime['n_valid']} held-out images.",
-            f"train s: in training steps; peak MiB: {memory}, of the training program. {machine['device']}, {threads}, torch "
-            f"{machine['torch']}."]
+            f"train s: in training steps. peak MiB: {memory}, of the training program.",
+            f"{machine['device']}, {threads}, torch {machine['torch']}"]
 
 
 def title(rows: Sequence[Row]) -> str:
     """What the runs have in common."""
     first = rows[0]
-    return (f"Methods at equal recipe: {first.anytime['arch']}, {title_of(first.anytime['dataset'])}, {first.epochs} epochs, "
-            f"seed {first.seed}")
+    epochs = f"{first.epochs} epoch{'s' if first.epochs > 1 else ''}"
+    return f"Methods at equal recipe: {first.anytime['arch']}, {title_of(first.anytime['dataset'])}, {epochs}, seed {first.seed}"
 
 
 def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
