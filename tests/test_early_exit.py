@@ -98,13 +98,13 @@ def test_rows_leave_where_the_simulation_says(model, images, share, batch_size):
 
 @settings(deadline=None, max_examples=15)
 @given(thresholds=st.lists(st.one_of(st.floats(0, 1), st.sampled_from([-np.inf, np.inf, 0.0, 1.0])), min_size=6, max_size=6),
-       n=st.integers(0, 9), min_left=st.sampled_from([0.0, 0.3, 1.0]), ranet=st.booleans())
-def test_any_thresholds_any_batch_and_any_rule_of_compaction(thresholds, n, min_left, ranet):
+       n=st.integers(0, 20), sizes=st.sampled_from([None, 1, 2, 4, 8]), ranet=st.booleans())
+def test_any_thresholds_any_batch_and_any_rule_of_compaction(thresholds, n, sizes, ranet):
     torch.manual_seed(1)
     net = MODELS.setdefault(ranet, trained_like(small_ranet() if ranet else small_msdnet()))
     x = torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(n))
     thresholds = thresholds[:net.n_exits]
-    results = EarlyExit(net, thresholds, min_left=min_left)(x)
+    results = EarlyExit(net, thresholds, sizes_per_doubling=sizes)(x)
     assert [len(column) for column in results] == [n, n, n]
     if n:
         assert_as_simulated(results, *everything(net, x), [*thresholds[:-1], -np.inf])
@@ -119,9 +119,19 @@ def test_a_row_that_has_left_is_not_computed_again(model, images, monkeypatch):
     thresholds = quantile_thresholds(confidence, 0.4)
     seen, step = [], model.backbone.step
     monkeypatch.setattr(model.backbone, "step", lambda n, state: (seen.append(_rows(state)), step(n, state))[1])
-    exits = EarlyExit(model, thresholds, min_left=0)(images).exit
+    exits = EarlyExit(model, thresholds, sizes_per_doubling=None)(images).exit
     assert seen == [int((exits >= n).sum()) for n in range(model.n_exits)]
     assert sum(seen) < 0.7 * N * model.n_exits
+
+
+def test_a_batch_shrinks_to_a_few_sizes_only(model, images, monkeypatch):
+    seen, step = set(), model.backbone.step
+    monkeypatch.setattr(model.backbone, "step", lambda n, state: (seen.add(_rows(state)), step(n, state))[1])
+    confidence, _ = everything(model, images)
+    for share in np.linspace(0.1, 0.9, 9):
+        EarlyExit(model, quantile_thresholds(confidence, share))(images)
+    assert seen <= {*range(1, 17), *range(18, 33, 2), *range(36, 65, 4)}
+    assert len(seen) > 5
 
 
 def _rows(state) -> int:
@@ -269,8 +279,9 @@ def test_forms_for_inference_leave_rows_where_their_own_simulation_says(model, i
     confidence, prediction = everything(ready, images)
     for share in (0.2, 0.6):
         thresholds = quantile_thresholds(confidence, share)
-        for min_left in (0.0, 0.5):
-            assert_as_simulated(EarlyExit(ready, thresholds, min_left=min_left)(images), confidence, prediction, thresholds)
+        for sizes in (None, 1, 4):
+            results = EarlyExit(ready, thresholds, sizes_per_doubling=sizes)(images)
+            assert_as_simulated(results, confidence, prediction, thresholds)
 
 
 def test_an_unknown_form_is_refused(model):

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -34,11 +35,12 @@ REFERENCE = {
 }
 
 
-def bash(script: Path | str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+def bash(script: Path | str, *arguments: str, cwd: Path, timeout_s: float = 120,
+         **environment: str) -> subprocess.CompletedProcess:
     own = ("PYTHON", "DATA_ROOT", "RESULT_ROOT", "NPROC", "TORCHRUN", "DRY_RUN")
     clean = {name: value for name, value in os.environ.items() if name not in own}
     return subprocess.run(["bash", str(script), *arguments], cwd=cwd, env={**clean, **environment}, text=True,
-                          capture_output=True, timeout=120, stdin=subprocess.DEVNULL)
+                          capture_output=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
 
 
 def commands(script: str, *arguments: str, cwd: Path, **environment: str) -> list[list[str]]:
@@ -234,3 +236,16 @@ def test_a_python_too_old_is_refused_with_one_line(clone):
     assert done.returncode == 2
     assert "3.10" in done.stderr and "Python 3.8.1" in done.stderr and done.stderr.count("\n") == 1
     assert not (clone / ".venv").exists()
+
+
+@pytest.mark.slow
+def test_the_quickstart_ends_above_90_percent_and_5_points_above_its_first_exit(tmp_path):
+    done = bash(ROOT / "msdnet_scripts/quickstart.sh", cwd=tmp_path, timeout_s=1800, PYTHON=sys.executable, RESULT_ROOT="results",
+                DATA_ROOT=str(tmp_path / "glyphs"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = tmp_path / "results/quickstart"
+    top1 = json.loads((run / "anytime.json").read_text())["top1"]
+    assert top1[-1] > 90 and top1[-1] >= top1[0] + 5
+    assert len(json.loads((run / "dynamic.json").read_text())["points"]) == 40
+    assert "Anytime prediction" in done.stdout and "Budgeted batch" in done.stdout
+    assert (run / "anytime.png").stat().st_size and (run / "budgeted.png").stat().st_size

@@ -14,8 +14,9 @@ from torch import Tensor
 from models import BoostedNet
 from utils.reading import Measure, confidence
 
-# Share of the running rows that must have left before the batch is made smaller.
-MIN_LEFT = 0.02
+# Batches shrink to a few sizes only, so many between a number and its double: oneDNN builds code for every size it meets, and
+# keeps 1024 pieces of it, which is fewer than MSDNet-10 has for eleven sizes. 8 measured well (README, "Early exit").
+SIZES_PER_DOUBLING = 8
 
 
 class Exits(NamedTuple):
@@ -39,27 +40,28 @@ class EarlyExit:
         prediction, confidence, exit = predict(images)     # images (B, 3, H, W), any B
 
     All rows run to exit 0 together. Rows that are confident enough leave, rows from the end of the batch take their places
-    (features, logits and all), and the shorter batch runs to exit 1, and so on. Per exit the host waits for the device at
-    most once, to learn which rows stay.
+    (features, logits and all), and the shorter batch runs to exit 1, and so on. The batch shrinks to the next larger of a few
+    sizes, with rows that have left running along, and stays as it is when too few have left for the next size. Per exit the
+    host waits for the device at most once, to learn which rows stay.
 
     Args:
         model: network as trained, or from `utils.inference.prepare_for_inference`. The state of its backbone's steps is
             written to.
         thresholds: (n_exits,), fitted in the same precision; the last one is not used, there everything leaves.
         costs: (n_exits,) cumulative cost of every exit, in the unit of `max_cost`.
-        min_left: share of the running rows that must have left before the batch is made smaller.
+        sizes_per_doubling: sizes a batch may have between a number and its double, a power of two; None allows every size.
         measure: what is held against the thresholds, from 0 to 1; those of `utils.reading` that look at one exit.
     Raises:
         ValueError: when there is not one threshold, not NaN, and one rising cost per exit.
     """
 
     def __init__(self, model: BoostedNet, thresholds: Sequence[float] | np.ndarray | Tensor,
-                 costs: Sequence[float] | np.ndarray | Tensor | None = None, *, min_left: float = MIN_LEFT,
-                 measure: Measure = confidence) -> None:
+                 costs: Sequence[float] | np.ndarray | Tensor | None = None, *,
+                 sizes_per_doubling: int | None = SIZES_PER_DOUBLING, measure: Measure = confidence) -> None:
         if not isinstance(model, BoostedNet):
             raise ValueError(f"EarlyExit runs a BoostedNet, got {type(model).__name__}; wrap a backbone: "
                              "BoostedNet(backbone, temperatures)")
-        self.model, self.min_left, self.measure = model, min_left, measure
+        self.model, self.sizes_per_doubling, self.measure = model, sizes_per_doubling, measure
         self.thresholds = _float32_thresholds(thresholds, model.n_exits)
         self.costs = None if costs is None else _as_list(costs)
         if self.costs is not None and (len(self.costs) != model.n_exits or not _rises(self.costs)):
@@ -105,16 +107,17 @@ class EarlyExit:
             certainty = self.measure(scores)
             stays = running.present((certainty < threshold).cpu().numpy())   # here the host waits for the device
             deadline.waited()
-            n_left = len(stays) - np.count_nonzero(stays)
+            n_left = len(stays) - int(np.count_nonzero(stays))
             if n_left == running.n_left:
                 continue
             running.write(n, scores, certainty)
             if n_left == len(stays):
                 return running.results
-            if n_left >= self.min_left * len(stays):
-                state, scores = running.shrink(stays, state, scores, partial(live, n))
+            size = _allowed_size(len(stays) - n_left, self.sizes_per_doubling)
+            if size < len(stays):
+                state, scores = running.shrink(stays, size, state, scores, partial(live, n))
             else:
-                running.mark(stays, n_left)
+                running.mark(stays)
         running.write(reached, scores, self.measure(scores))
         return running.results
 
@@ -159,27 +162,31 @@ class _Running:
         self._confidence.index_copy_(0, places, confidence)
         self._exit.index_fill_(0, places, n)
 
-    def mark(self, stays: np.ndarray, n_left: int) -> None:
+    def mark(self, stays: np.ndarray) -> None:
         """Let the rows that leave run along."""
-        self.places, self.n_left = np.where(stays, self.places, self.spare), n_left
+        self.places = np.where(stays, self.places, self.spare)
+        self.n_left = len(stays) - int(np.count_nonzero(stays))
 
-    def shrink(self, stays: np.ndarray, state: Any, scores: Tensor, live: Callable[[Any], Any]) -> tuple[Any, Tensor]:
-        """State and scores without the rows that leave.
+    def shrink(self, stays: np.ndarray, size: int, state: Any, scores: Tensor,
+               live: Callable[[Any], Any]) -> tuple[Any, Tensor]:
+        """State and scores of `size` rows: those that stay, and as many of the others as it takes.
 
         Only rows behind the new end move, into the gaps: never more of them than leave, and into memory that is there.
 
         Args:
             live: what of the state has to move with a row.
         """
-        end = int(np.count_nonzero(stays))
-        gaps, movers = np.flatnonzero(~stays[:end]), end + np.flatnonzero(stays[end:])
+        self.mark(stays)
+        movers = size + np.flatnonzero(stays[size:])
+        gaps = np.flatnonzero(~stays[:size])[:len(movers)]
         self.places[gaps] = self.places[movers]
-        self.places, self.n_left = self.places[:end], 0
+        self.places = self.places[:size]
+        self.n_left -= len(stays) - size
         state = _each(self._writable, state)
         if len(gaps):
             gaps, movers = self._index(gaps), self._index(movers)
             _each(lambda tensor: tensor.index_copy_(0, gaps, tensor.index_select(0, movers)), [live(state), scores])
-        return _each(lambda tensor: tensor[:end], state), scores[:end]
+        return _each(lambda tensor: tensor[:size], state), scores[:size]
 
     def _writable(self, tensor: Tensor) -> Tensor:
         # The caller's images, should a backbone carry them along, are not ours to write to.
@@ -219,6 +226,14 @@ def _each(function: Callable[[Tensor], Tensor], state: Any) -> Any:
     if isinstance(state, dict):
         return {name: _each(function, value) for name, value in state.items()}
     return [_each(function, value) for value in state]
+
+
+def _allowed_size(n: int, per_doubling: int | None) -> int:
+    """The smallest allowed batch size that holds n rows."""
+    if per_doubling is None:
+        return n
+    unit = max(1, (1 << max(n - 1, 0).bit_length()) // (2 * per_doubling))
+    return -(-n // unit) * unit
 
 
 def _as_list(values: Any) -> list[float]:

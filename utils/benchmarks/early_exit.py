@@ -15,7 +15,7 @@ from models import BoostedNet, MSDNet, RANet
 from op_counter import measure_model
 from utils.benchmarks.measure import Measurement, count
 from utils.cli import list_of, number
-from utils.early_exit import EarlyExit
+from utils.early_exit import SIZES_PER_DOUBLING, EarlyExit
 from utils.inference import FORMS, exit_times, load_model, prepare_for_inference
 from utils.tables import format_table
 
@@ -36,8 +36,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--budgets", type=list_of(share, ",", "0.1,0.8"), default="0.1,0.275,0.45,0.625,0.8", metavar="X[,X]",
                         help="shares of the way from the cost of the first exit to that of the last (default: %(default)s)")
     parser.add_argument("--images", type=count, default=256, help="classified per repeat and batch size (default: %(default)s)")
-    parser.add_argument("--min-left", type=number, metavar="X",
-                        help="share of the rows that must have left before the batch is made smaller (default: the program's)")
+    parser.add_argument("--sizes-per-doubling", type=int, choices=(0, 1, 2, 4, 8, 16), default=SIZES_PER_DOUBLING,
+                        help="sizes a batch may shrink to, between a number and its double; 0 allows every size (default: "
+                             "%(default)s)")
 
 
 def share(text: str) -> float:
@@ -55,10 +56,10 @@ def run(args: Namespace, device: torch.device) -> list[Measurement]:
     images = torch.randn(args.images, 3, side, side, generator=torch.Generator().manual_seed(1)).to(device)
     confidence = _confidence(ready, images)
     runners = {}
-    options = {} if args.min_left is None else {"min_left": args.min_left}
     for fraction in args.budgets:
         shares = exit_shares(solve_exit_rate(macs, macs[0] + fraction * (macs[-1] - macs[0])), len(macs))
-        runners[fraction] = EarlyExit(ready, fit_thresholds(confidence, shares), **options)
+        runners[fraction] = EarlyExit(ready, fit_thresholds(confidence, shares),
+                                      sizes_per_doubling=args.sizes_per_doubling or None)
     results = []
     for size in args.batch_sizes:
         config = {"network": name, "form": args.form or "default", "images": args.images, "batch size": size}
