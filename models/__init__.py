@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from models.boosted_head import BoostedNet, expand_temperatures
+from models.collaboration import CollaborativeNet
 from models.msdnet import MSDNet
 from models.ranet import RANet
 
-__all__ = ["BoostedNet", "MSDNet", "RANet", "build_backbone", "expand_temperatures", "select"]
+__all__ = ["BoostedNet", "CollaborativeNet", "MSDNet", "RANet", "build_backbone", "expand_temperatures", "select"]
 
 
 def build_backbone(args: argparse.Namespace) -> nn.Module:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_inference import combine_sizes
-from utils.catalog import title_of
+from utils.catalog import METHODS, title_of
 from utils.cli import OneLineParser
 from utils.errors import UserError, user_errors
 from utils.files import atomic_write
@@ -32,7 +32,6 @@ LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 INK, PALE = "#333333", "#8A8A8A"
 MILLIONS = "$10^6$"
 
-METHODS = {"boost": "BoostNet", "joint": "joint training"}
 ARCHITECTURES = {"msdnet": "MSDNet without rescaling", "msdnet_ge": "MSDNet",
                  "ranet": "RANet", "ranet_ge": "RANet with rescaling"}
 PAPER_BACKBONES = {"msdnet": "MSDNet", "ranet": "RANet"}
@@ -196,7 +195,7 @@ def labels(results: Sequence[dict], sizes: Sequence[int] | None = None, name_fam
     found = []
     for result, size in zip(results, sizes or [1] * len(results), strict=True):
         method, arch = result["method"], result["arch"]
-        words = [f"{METHODS.get(method, method)}, {ARCHITECTURES.get(arch, arch)}"]
+        words = [f"{METHODS[method].title if method in METHODS else method}, {ARCHITECTURES.get(arch, arch)}"]
         words += [f"{size} sizes combined"] if size > 1 else []
         words += [{"eq9": "eq. 9", "released": "released sweep"}[result["family"]]] if name_family else []
         words += ["flat curve"] if result.get("flat") else []
