@@ -20,6 +20,7 @@ from utils.methods import METHODS, Method, imta, l2w
 from utils.methods.block_losses import BlockLosses
 from utils.methods.distillation import Distillation
 from utils.methods.losses import cross_entropies, divergence
+from utils.optim import build_optimizer
 
 # Flags of a run for every method; {joint} and {boost} are finished runs. Batches of 13: the last of 40 images is alone.
 SETUPS = {
@@ -126,6 +127,24 @@ def network(boosted: bool, *, ranet: bool = False, n_blocks: int = 3) -> Boosted
 def batch(size: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(1)
     return torch.randn(size, 3, 32, 32, generator=draw, dtype=torch.float64), torch.arange(size) % 5
+
+
+LEARNERS = {"boost": (Method, {}), "joint": (Method, {}), "l2w": (l2w.SampleWeighting, {}),
+            "boost_l2w": (l2w.SampleWeighting, {}),
+            "block_losses": (BlockLosses, {"overlap": 1, "distill_weight": 0.35, "temperature": 2.5}),
+            "imta": (imta.Collaboration, {}), "boost_distill": (Distillation, {"distill_weight": 0.35, "temperature": 2.5})}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_lowers_the_loss_of_every_exit_on_a_batch_seen_again_and_again(name):
+    method, options = LEARNERS[name]
+    model, (x, y) = network(boosted=name.startswith("boost")), batch(10)
+    model.backbone = method.adapt(model.backbone).double()
+    model.train()
+    optimizer = build_optimizer(model.backbone, name="sgd", lr=0.05, momentum=0.9, weight_decay=[1e-4])
+    learner = method(model, optimizer, **options)
+    losses = [learner.step(x, y).per_sample.mean(dim=1) for _ in range(12)]
+    assert (losses[-1] < losses[0]).all(), torch.stack(losses)
 
 
 def gradients(method: Method) -> dict[str, torch.Tensor | None]:
