@@ -291,7 +291,7 @@ def released_sweep(val_confidence, val_correct, test_confidence, test_correct, c
     points = []
     best_val_accuracy, flat_test_accuracy = -1.0, 0.0
     for step in range(1, 40):
-        shares = _released_shares(step / 20, n_exits)
+        shares = released_shares(step / 20, n_exits)
         quotas = np.floor(np.float32(n_val) * shares).astype(np.int64)
         thresholds = _fit_quotas(val_confidence, quotas, nobody=RELEASED_NOBODY, too_few_left=RELEASED_NOBODY)
         n_val_correct, _ = _count(val_confidence, val_correct, thresholds)
@@ -327,7 +327,7 @@ def released_curve(val_confidence, val_correct, test_confidence, test_correct, c
     return points
 
 
-def _released_shares(q: float, n_exits: int) -> np.ndarray:
+def released_shares(q: float, n_exits: int) -> np.ndarray:
     """(n_exits,) float32, q^n normalised.
 
     In torch, as the released program does it; the last place of its exponentials still depends on the processor.

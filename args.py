@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from utils.catalog import DATASETS
+from utils.catalog import DATASETS, METHODS
 from utils.cli import Rule, each, is_path, rising, shown
 from utils.flags import IMAGE_SIZES, NETWORK, Milliseconds, build_parser
 
@@ -60,11 +60,14 @@ def _fits_images(args: Namespace, n_scales: int) -> bool:
 # What only shows while a network is built (a width that ends at 0, say) the model refuses with a ValueError.
 RULES: tuple[Rule, ...] = (
     *each("nBlocks base step nChannels growthRate grFactor bnFactor block_step scale_list epochs batch_size "
-          "print_freq valid_size lr_milestones", lambda x: 1 <= x <= 1_000_000, "at least 1 and at most 1000000"),
-    *each("threads", lambda x: 1 <= x <= 1024, "at least 1 and at most 1024"),
+          "print_freq valid_size lr_milestones groups overlap meta_net_hidden_size meta_interval",
+          lambda x: 1 <= x <= 1_000_000, "at least 1 and at most 1000000"),
+    *each("threads meta_net_num_layers", lambda x: 1 <= x <= 1024, "at least 1 and at most 1024"),
     *each("start_epoch workers val_workers local_rank", lambda x: 0 <= x <= 1_000_000, "at least 0 and at most 1000000"),
-    *each("weight_decay ensemble_reweight", lambda x: 0 <= x <= 1e30, "at least 0 and at most 1e30"),
-    *each("lr_f budget", lambda x: 0 < x <= 1e30, "above 0 and at most 1e30"),
+    *each("weight_decay ensemble_reweight meta_weight_decay", lambda x: 0 <= x <= 1e30, "at least 0 and at most 1e30"),
+    *each("lr_f budget meta_lr distill_T", lambda x: 0 < x <= 1e30, "above 0 and at most 1e30"),
+    *each("epsilon distill_weight", lambda x: 0 <= x <= 1, "from 0 to 1"),
+    *each("target_p_index", lambda x: 1 <= x <= 39, "from 1 to 39"),
     *each("seed", lambda x: 0 <= x < 2**32, "from 0 to 4294967295"),
     *each("momentum", lambda x: 0 <= x < 1, "at least 0 and below 1"),
     *each("decay_rate reduction", lambda x: 0 < x <= 1, "above 0 and at most 1"),
@@ -73,7 +76,7 @@ RULES: tuple[Rule, ...] = (
     *each("gpu", lambda x: re.fullmatch(r"[0-9]+(,[0-9]+)*", x) and len(set(x.split(","))) == x.count(",") + 1,
           "different device numbers such as 0 or 0,1 (--device cpu for none)"),
     *each("save_suffix", lambda x: is_path(f"_{x}") and not re.search(r"[/\\]", x), "a part of a file name, without / and \\"),
-    *each("result_dir tensorboard_dir checkpoint data_root evaluate_from", is_path, "a path"),
+    *each("result_dir tensorboard_dir checkpoint data_root evaluate_from teacher", is_path, "a path"),
     # Data.
     Rule(("image_size", "dataset"),
          lambda a: DATASETS[a.dataset].image_size in (None, a.image_size),
@@ -139,9 +142,35 @@ RULES: tuple[Rule, ...] = (
          lambda a: f"has {len(a.ensemble_reweight)} values; pass one, two to interpolate, or one per exit, "
                    f"which makes {_n_exits(a)} here",
          if_given=True),
-    Rule(("trainable_ensemble", "method"),
-         lambda a: not (a.trainable_ensemble and a.method == "joint"),
-         lambda a: "--method joint has no ensemble to train"),
+    *(Rule((name, "method"),
+           lambda a, n=name: n not in a.explicit or n in METHODS[a.method].flags,
+           lambda a, n=name: f"has no meaning with --method {a.method}; it is for "
+                             + " and ".join(method for method, facts in METHODS.items() if n in facts.flags),
+           if_given=True)
+      for name in sorted(frozenset().union(*(facts.flags for facts in METHODS.values())))),
+    Rule(("method", "groups", "overlap"),
+         lambda a: "groups" not in METHODS[a.method].flags or (a.groups is None) != (a.overlap is None) or a.evaluate_from,
+         lambda a: f"{a.method} takes either --groups, such as 3-4, or --overlap, where 1 is local error"),
+    Rule(("groups", "arch", "nBlocks", "block_step", "scale_list"),
+         lambda a: a.groups is None or sum(a.groups) == _n_exits(a),
+         lambda a: f"{'-'.join(map(str, a.groups))} makes {sum(a.groups)} blocks; the network has {_n_exits(a)}",
+         if_given=True),
+    Rule(("overlap", "arch", "nBlocks", "block_step", "scale_list"),
+         lambda a: a.overlap is None or a.overlap <= _n_exits(a),
+         lambda a: f"{a.overlap} is more than the {_n_exits(a)} blocks of the network, which --method joint trains all",
+         if_given=True),
+    Rule(("include_final", "overlap"),
+         lambda a: not a.include_final or a.overlap is not None,
+         lambda a: "goes with --overlap"),
+    Rule(("teacher", "distill_weight", "method"),
+         lambda a: not a.teacher or a.distill_weight,
+         lambda a: "has no effect with --distill_weight 0"),
+    Rule(("checkpoint", "method", "resume", "evaluate_from"),
+         lambda a: not METHODS[a.method].second_stage or a.checkpoint or a.resume or a.evaluate_from,
+         lambda a: f"--method {a.method} builds on a trained network; name its file"),
+    Rule(("optimizer", "method"),
+         lambda a: a.optimizer == "sgd" or not METHODS[a.method].sgd_only,
+         lambda a: f"--method {a.method} works with sgd only, got {a.optimizer}"),
     # Training.
     Rule(("start_epoch", "epochs"),
          lambda a: a.start_epoch < a.epochs,
@@ -155,6 +184,10 @@ RULES: tuple[Rule, ...] = (
     Rule(("weight_decay", "arch"),
          lambda a: len(a.weight_decay) == 1 or _is_msdnet(a),
          lambda a: f"two values are interpolated over MSDNet's blocks; {a.arch} takes one",
+         if_given=True),
+    Rule(("weight_decay", "method"),
+         lambda a: len(a.weight_decay) == 1 or not METHODS[a.method].second_stage,
+         lambda a: f"two values are interpolated over MSDNet's blocks, which --method {a.method} does not train",
          if_given=True),
     Rule(("resume", "checkpoint"),
          lambda a: not (a.resume and a.checkpoint),
@@ -225,6 +258,9 @@ def _fill_in(args: Namespace) -> None:
         args.image_size = dataset.image_size or IMAGE_SIZES[0]
     if args.valid_size is None:
         args.valid_size = dataset.valid_size
+    for name, value in METHODS[args.method].defaults.items():
+        if name not in args.explicit:
+            setattr(args, name, value)
     if "cost" not in args.explicit and any(isinstance(value, Milliseconds) for value in args.budget or []):
         args.cost = "latency"
     if "evalmode" not in args.explicit and (

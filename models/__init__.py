@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from models.boosted_head import BoostedNet, expand_temperatures
+from models.collaboration import CollaborativeNet
 from models.ensembles import AveragedNet, read_as
 from models.msdnet import MSDNet
 from models.ranet import RANet
 
-__all__ = ["AveragedNet", "BoostedNet", "MSDNet", "RANet", "build_backbone", "expand_temperatures", "read_as", "select"]
+__all__ = ["AveragedNet", "BoostedNet", "CollaborativeNet", "MSDNet", "RANet", "build_backbone", "expand_temperatures", "read_as",
+           "select"]
 
 
 def build_backbone(args: argparse.Namespace) -> nn.Module:

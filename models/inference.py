@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from models.collaboration import CollaborativeNet
 from models.layers import Classifier
 from models.msdnet import MSDLayer, MSDNet, Transition
 from models.ranet import Block, FusionLayer, RANet
@@ -37,6 +38,10 @@ def fold_batch_norm(module: nn.Module) -> None:
 
 def growing_form(backbone: nn.Module) -> nn.Module:
     """The form with growing buffers of a backbone whose batch normalisation is folded; they share their weights."""
+    if isinstance(backbone, CollaborativeNet):
+        form = CollaborativeNet(growing_form(backbone.net))
+        form.classifier, form.isc_modules = backbone.classifier, backbone.isc_modules
+        return form
     return GrowingMSDNet(backbone) if isinstance(backbone, MSDNet) else GrowingRANet(backbone)
 
 
@@ -133,9 +138,13 @@ class GrowingClassifier(nn.Module):
         self.first, self.second = (Convolution(c) for c in _convolutions(classifier))
         self.linear = classifier.linear
 
-    def forward(self, buffer: Tensor) -> Tensor:
+    def pool(self, buffer: Tensor) -> Tensor:
+        """The features (B, width) that the linear layer reads."""
         x = self.first(buffer.narrow(1, 0, self.first.in_width)).relu_()
-        return self.linear(F.avg_pool2d(self.second(x).relu_(), 2).flatten(1))
+        return F.avg_pool2d(self.second(x).relu_(), 2).flatten(1)
+
+    def forward(self, buffer: Tensor) -> Tensor:
+        return self.linear(self.pool(buffer))
 
 
 class GrowingLayer(nn.Module):
@@ -224,12 +233,17 @@ class GrowingMSDNet(nn.Module):
 
     def step(self, n: int, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Run block n on the state that step n-1 returned: (logits (B, num_classes) of exit n, next state)."""
+        features, state = self.advance(n, state)
+        return self.classifier[n](features), state
+
+    def advance(self, n: int, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """`step` without the classifier: (map that it reads, next state)."""
         scales = state
         if n == 0:
             scales = [_room_for(x, room) for x, room in zip(self.stem(state[0]), self.room)]
         for layer in self.blocks[n]:
             scales = layer(scales)
-        return self.classifier[n](scales[-1]), scales
+        return scales[-1], scales
 
     def live(self, n: int, state: list[Tensor]) -> list[Tensor]:
         """The channels of the state after step n that have been written."""
@@ -308,6 +322,11 @@ class GrowingRANet(nn.Module):
 
     def step(self, n: int, state: dict[str, list]) -> tuple[Tensor, dict[str, list]]:
         """Run the blocks up to exit n on the state that step n-1 returned: (logits (B, num_classes), next state)."""
+        features, state = self.advance(n, state)
+        return self.classifier[n](features), state
+
+    def advance(self, n: int, state: dict[str, list]) -> tuple[Tensor, dict[str, list]]:
+        """`step` without the classifier: (map that it reads, next state)."""
         subnet, block_range = self._steps[n]
         stem = self.stem(state["stem"][0])[::-1] if n == 0 else state["stem"]
         coarser: list[list[Tensor]] = []
@@ -323,7 +342,7 @@ class GrowingRANet(nn.Module):
                 lists = [*lists, buffers]
         ends = block_range.stop == len(self.blocks[subnet])
         in_lists = is_read and x is lists[-1][-1]
-        return self.classifier[n](x), {"stem": stem, "x": [] if ends or in_lists else [x], "lists": lists}
+        return x, {"stem": stem, "x": [] if ends or in_lists else [x], "lists": lists}
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Raw logits (B, num_classes) of every exit."""

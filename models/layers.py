@@ -114,8 +114,12 @@ class Classifier(nn.Module):
         self.m = nn.Sequential(ConvBNReLU(in_channels, width, stride=2), ConvBNReLU(width, width, stride=2), nn.AvgPool2d(2))
         self.linear = nn.Linear(width, num_classes)
 
+    def pool(self, x: Tensor) -> Tensor:
+        """The features (B, width) that the linear layer reads."""
+        return self.m(x).flatten(1)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.m(x).flatten(1))
+        return self.linear(self.pool(x))
 
 
 def map_sizes(image_size: int) -> tuple[int, int]:

@@ -144,12 +144,17 @@ class MSDNet(nn.Module):
 
     def step(self, n: int, state: State) -> tuple[Tensor, State]:
         """Run block n on the state that step n-1 returned: (logits (B, num_classes) of exit n, next state)."""
+        features, state = self.advance(n, state)
+        return self.classifier[n](features), state
+
+    def advance(self, n: int, state: State) -> tuple[Tensor, State]:
+        """`step` without the classifier: (map that it reads, next state)."""
         scales = self.blocks[n](state[0] if n == 0 else state)
         coarsest = scales[-1]
         if self.rescale_gradients:
             coarsest, onward = rescale_at_exit(coarsest, n, self.n_exits)
             scales = [*scales[:-1], onward]
-        return self.classifier[n](coarsest), scales
+        return coarsest, scales
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Raw logits (B, num_classes) of every exit, shallow to deep, for images x (B, 3, H, W)."""

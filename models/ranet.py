@@ -204,6 +204,11 @@ class RANet(nn.Module):
 
     def step(self, n: int, state: State) -> tuple[Tensor, State]:
         """Run the blocks up to exit n on the state that step n-1 returned: (logits (B, num_classes), next state)."""
+        features, state = self.advance(n, state)
+        return self.classifier[n](features), state
+
+    def advance(self, n: int, state: State) -> tuple[Tensor, State]:
+        """`step` without the classifier: (map that it reads, next state)."""
         subnet, block_range = self._steps[n]
         stem = self.FirstLayer(state["stem"][0])[::-1] if n == 0 else state["stem"]
         if block_range.start == 0:   # a new sub-network begins; the one before becomes the coarser one
@@ -221,7 +226,7 @@ class RANet(nn.Module):
             if keep_lists and not self.scale_flows[subnet][block_range[-1]].has_transition:
                 # Without a transition the classifier's map is the list's last entry too: later gradients meet in one place.
                 lists = [*lists[:-1], [*lists[-1][:-1], onward]]
-        return self.classifier[n](x), {"stem": stem, "x": [onward], "lists": lists}
+        return x, {"stem": stem, "x": [onward], "lists": lists}
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Raw logits (B, num_classes) of every exit, shallow to deep, for images x (B, 3, H, W)."""

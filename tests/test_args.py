@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 import args as cli
 from args import build_parser, forbid, parse_args, require
-from utils import decoders, flags
+from utils import catalog, decoders, flags, methods
 from utils.errors import UserError
 from utils.methods import build_model
 
@@ -25,12 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # People's scripts depend on these spellings: add to the list, take nothing away.
 FLAGS = """
 --arch --base --batch-size --block-step --bnAfter --bnFactor --bottleneck --budget --checkpoint --compress-factor
---cost --data-root --dataset --decay-rate --decoder --deterministic --device --dist_backend --distributed
---ensemble --ensemble_reweight --epochs --evalmode --evaluate-from --flat_curve --gpu --grFactor --growthRate --help --image_size
---images --learning-rate --local-rank --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones --method
---momentum --nBlocks --nChannels --on_nan --optimizer --policy --print-freq --prune --reduction --result_dir --resume
---save_suffix --scale-list --seed --skip_unreadable --start-epoch --step --stepmode --sweep --tensorboard_dir
---threads --trainable_ensemble --use-valid --val_workers --valid_size --wd --weight-decay --workers -h -p
+--constraint_dimension --cost --data-root --dataset --decay-rate --decoder --deterministic --device --dist_backend
+--distill_T --distill_weight --distributed --ensemble --ensemble_reweight --epochs --epsilon --evalmode
+--evaluate-from --flat_curve --gpu --grFactor --groups --growthRate --help --image_size --images --include_final
+--learning-rate --local-rank --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones --meta_interval --meta_lr
+--meta_net_hidden_size --meta_net_input_type --meta_net_num_layers --meta_weight_decay --method --momentum --nBlocks
+--nChannels --on_nan --optimizer --overlap --policy --print-freq --prune --reduction --result_dir --resume
+--save_suffix --scale-list --seed --skip_unreadable --start-epoch --step --stepmode --sweep --target_p_index --teacher
+--tensorboard_dir --threads --trainable_ensemble --use-valid --val_workers --valid_size --wd --weight-decay --workers
+-h -p
 """
 
 DEFAULTS = dict(
@@ -41,7 +45,10 @@ DEFAULTS = dict(
     arch="msdnet_ge", nBlocks=1, base=4, step=1, stepmode="even", nChannels=32, growthRate=6,
     grFactor=[1, 2, 4], bnFactor=[1, 2, 4], bottleneck=True, prune="max", reduction=0.5,
     block_step=2, scale_list=[1, 2, 3], compress_factor=0.25, bnAfter=True, method="boost", ensemble_reweight=[0.5],
-    trainable_ensemble=False, loss_equal=False, epochs=300, start_epoch=0, batch_size=64, optimizer="sgd", lr_f=0.1,
+    trainable_ensemble=False, loss_equal=False, groups=None, overlap=None, include_final=False, distill_weight=None,
+    distill_T=None, teacher=None, meta_net_hidden_size=500, meta_net_num_layers=1, meta_net_input_type="loss",
+    constraint_dimension="mat", epsilon=0.3, target_p_index=15, meta_interval=1, meta_lr=1e-4, meta_weight_decay=1e-4,
+    epochs=300, start_epoch=0, batch_size=64, optimizer="sgd", lr_f=0.1,
     lr_type="multistep", lr_milestones=[100, 200], decay_rate=0.1, momentum=0.9, weight_decay=[1e-4],
     evaluate_from=None, evalmode="anytime", ensemble=None, policy="confidence", budget=None, cost="macs", images=None, sweep=None,
     flat_curve=False, save_suffix="",
@@ -122,7 +129,40 @@ MISTAKES = [
     ("--nBlocks 5 --ensemble_reweight 0.1,0.2,0.3", "--ensemble_reweight"),
     ("--arch ranet --nBlocks 2 --ensemble_reweight 0.1,0.2,0.3", "--ensemble_reweight"),
     ("--method joint --trainable_ensemble", "--trainable_ensemble"),
-    ("--method l2w", "--method"),
+    ("--method meta_gf", "--method"),
+    ("--method l2w --loss_equal", "--loss_equal"),
+    ("--method joint --teacher a.pth", "--teacher"),
+    ("--method joint --distill_weight 0.3", "--distill_weight"),
+    ("--method l2w --distill_T 3", "--distill_T"),
+    ("--method boost --groups 1", "--groups"),
+    ("--method boost --overlap 1", "--overlap"),
+    ("--method joint --include_final", "--include_final"),
+    *((f"--method boost_distill {flag}", flag.split()[0]) for flag in (
+        "--meta_net_hidden_size 9", "--meta_net_num_layers 2", "--meta_net_input_type conf", "--constraint_dimension row",
+        "--epsilon 0.1", "--target_p_index 9", "--meta_interval 9", "--meta_lr 1", "--meta_weight_decay 1")),
+    *((f"--method l2w {flag}", re.split("[ =]", flag)[0]) for flag in (
+        "--meta_net_hidden_size 0", "--meta_net_num_layers 0", "--meta_net_num_layers 1025", "--meta_net_input_type all",
+        "--constraint_dimension rows", "--epsilon 1.1", "--epsilon=-0.1", "--target_p_index 0", "--target_p_index 40",
+        "--meta_interval 0", "--meta_lr 0", "--meta_weight_decay=-1")),
+    ("--method l2w --optimizer adam", "--optimizer"),
+    ("--method boost_l2w --optimizer rmsprop", "--optimizer"),
+    ("--method block_losses", "--method"),
+    ("--method block_losses --nBlocks 3 --groups 1-2 --overlap 1", "--method"),
+    ("--method block_losses --nBlocks 3 --groups 1,2", "--groups"),
+    ("--method block_losses --nBlocks 3 --groups 3-0", "--groups"),
+    ("--method block_losses --nBlocks 3 --groups 1-3", "--groups"),
+    ("--method block_losses --arch ranet --nBlocks 2 --groups 1-1", "--groups"),   # six exits
+    ("--method block_losses --nBlocks 3 --overlap 0", "--overlap"),
+    ("--method block_losses --nBlocks 3 --overlap 4", "--overlap"),
+    ("--method block_losses --groups 1 --include_final", "--include_final"),
+    ("--method block_losses --groups 1 --teacher a.pth", "--teacher"),
+    ("--method boost_distill --distill_weight 0 --teacher a.pth", "--teacher"),
+    ("--method boost_distill --distill_weight 1.5", "--distill_weight"),
+    ("--method boost_distill --distill_T 0", "--distill_T"),
+    ("--method boost_distill --teacher=", "--teacher"),
+    ("--method imta", "--checkpoint"),
+    ("--method imta --checkpoint a.pth --teacher a.pth", "--teacher"),
+    ("--method imta --checkpoint a.pth --weight-decay 1e-4,2e-4", "--weight-decay"),
     # Training.
     ("--epochs 10 --start-epoch 10", "--start-epoch"),
     ("--lr_milestones 9,6", "--lr_milestones"),
@@ -264,6 +304,18 @@ def test_a_misspelt_flag_is_answered_with_the_near_one(capsys):
 @pytest.mark.parametrize("line", RELEASED)
 def test_released_command_lines_run_unchanged(line):
     parse_args(line.split())
+
+
+def test_a_method_has_the_defaults_of_its_own_and_an_alias():
+    assert parse_args(["--method", "conventional"]).method == "joint"
+    args = parse_args("--method imta --checkpoint a.pth --distill_T 1".split())
+    assert (args.distill_weight, args.distill_T) == (0.9, 1.0)
+    assert parse_args("--method block_losses --overlap 1".split()).distill_weight == 0.0
+
+
+def test_the_methods_of_the_command_line_are_those_there_are():
+    assert list(methods.METHODS) == list(catalog.METHODS)
+    assert not set(catalog.METHOD_ALIASES) & set(methods.METHODS)
 
 
 def test_lists_and_switches_are_converted():

@@ -10,8 +10,7 @@ import torch
 
 from args import parse_args
 from utils.engine import EpochFigures, train_epoch
-from utils.methods import build_model
-from utils.objective import ExitLosses
+from utils.methods import Method, build_model
 
 CONFIGURATIONS = {entry["name"]: entry for entry in
                   json.loads(Path(__file__).with_name("data").joinpath("macs.json").read_text())["configs"]}
@@ -30,7 +29,7 @@ def test_the_network_takes_a_training_step_on_two_images(name):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     figures = EpochFigures(model.n_exits, torch.device("cpu"))
     batch = torch.randn(2, 3, args.image_size, args.image_size), torch.randint(args.num_classes, (2,)), 1.0
-    assert train_epoch(model, ExitLosses(), [batch], optimizer, figures, after_step=lambda step: False)
+    assert train_epoch(Method(model, optimizer), [batch], figures, after_step=lambda step: False)
     losses = figures.summary()["train_loss"]
     assert len(losses) == CONFIGURATIONS[name]["exits"]
     assert all(0 < loss < 10 * math.log(args.num_classes) for loss in losses)

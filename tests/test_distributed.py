@@ -31,7 +31,8 @@ NETWORKS = {
     "unread": "--arch msdnet_ge --nBlocks 3 --base 2 --step 1 --grFactor 1-2-4 --bnFactor 1-2-4",
     "ranet": "--arch ranet_ge --nBlocks 1 --block-step 1 --step 1 --grFactor 4-2-1 --bnFactor 4-2-1",
 }
-RUNS = {"msdnet": "msdnet", "ranet": "ranet", "equalised": "unread --loss_equal", "equalised_ranet": "ranet --loss_equal"}
+RUNS = {"msdnet": "msdnet", "ranet": "ranet", "equalised": "unread --loss_equal", "equalised_ranet": "ranet --loss_equal",
+        "distilled": "msdnet --method boost_distill"}
 MINUTE = 60
 
 

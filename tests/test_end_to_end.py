@@ -14,7 +14,7 @@ from dataloader import build_data
 from models import BoostedNet, MSDNet
 from utils import checkpoint
 from utils.engine import EpochFigures, train_epoch
-from utils.objective import ExitLosses
+from utils.methods import Method
 from utils.plots import main as plots
 
 
@@ -199,7 +199,7 @@ def test_no_step_waits_for_the_device(images):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batches, figures = data.train(0), EpochFigures(2, torch.device("cpu"))
     with _Synchronisations() as watched:
-        assert train_epoch(model, ExitLosses(), batches, optimizer, figures, after_step=lambda step: False)
+        assert train_epoch(Method(model, optimizer), batches, figures, after_step=lambda step: False)
     assert figures.steps == 5 and watched.count == 0
     with _Synchronisations() as watched:   # the watch does see what waits
         figures.summary()

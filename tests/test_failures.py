@@ -19,10 +19,10 @@ from tiny import command, differences, make_images, one_line_error, outcome, sig
 import eval_cifar100
 import train_cifar100
 from models import BoostedNet, MSDNet
-from utils import checkpoint, engine, lock
+from utils import checkpoint, lock
 from utils.engine import EpochFigures, TrainingDiverged, train_epoch
 from utils.errors import FAILURE, STOPPED
-from utils.objective import ExitLosses
+from utils.methods import Method, bad_steps
 from utils.run import RESULTS
 
 
@@ -123,13 +123,14 @@ def batches(n: int) -> list[tuple]:
 def test_a_skipped_step_leaves_no_trace_but_its_count(equalise, bad):
     """Training with a bad batch in the middle equals training without it: weights, buffers, momentum, loss averages."""
     def train(data, spoil_gradient_of=None):
-        model, objective, figures = network(), ExitLosses(equalise), EpochFigures(2, torch.device("cpu"))
+        model, figures = network(), EpochFigures(2, torch.device("cpu"))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        method = Method(model, optimizer, skip_bad=True, equalise=equalise)
         first = next(model.parameters())
         first.register_hook(lambda grad: grad * float("inf") if figures.steps == spoil_gradient_of else grad)
-        assert train_epoch(model, objective, data, optimizer, figures, after_step=lambda step: False, skip_bad=True)
+        assert train_epoch(method, data, figures, after_step=lambda step: False)
         figures.seconds = 0.0
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "objective": objective.state_dict(),
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "method": method.state_dict(),
                 "figures": figures.state_dict()}
 
     good = batches(4)
@@ -162,7 +163,7 @@ def test_a_run_with_a_skipped_step_resumes_to_the_same_bits(images, tmp_path, mo
 
 def test_an_epoch_without_one_good_step_ends_training(images, run, monkeypatch, capsys):
     before = saved_files(run)
-    monkeypatch.setattr(engine.BadSteps, "found", lambda *_: True)
+    monkeypatch.setattr(bad_steps.BadSteps, "found", lambda *_: True)
     message = one_line_error(capsys, lambda: train_cifar100.main(command(images, run, "--resume", "--on_nan", "skip")), FAILURE)
     assert "every loss was NaN or infinite by step 5 of epoch 2" in message
     assert saved_files(run) == before

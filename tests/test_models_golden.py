@@ -6,7 +6,7 @@ import torch
 from args import parse_args
 from models import BoostedNet, build_backbone
 from op_counter import measure_model
-from utils.objective import ExitLosses
+from utils.methods import Method
 from utils.optim import build_optimizer
 
 MODELS = ["msdnet_cifar100_anytime", "msdnet_ge_cifar100_anytime", "msdnet_ge_cifar100_batch_base4",
@@ -54,14 +54,14 @@ def test_training_losses_gradients_and_sgd_steps(case, method):
     x = golden.images(stored["batch"], reference["input_hw"])
     y = golden.targets(stored["batch"], reference["num_classes"])
     assert y.tolist() == stored["targets"]
-    objective = ExitLosses()
     optimizer = build_optimizer(backbone, name="sgd", lr=0.1, momentum=0.9, weight_decay=[1e-4])
+    training = Method(model, optimizer)
 
     total_losses = []
     steps = len(want.get("sgd_total_losses") or [None])
     for step in range(steps):
         optimizer.zero_grad(set_to_none=True)
-        loss = objective(model(x), y)
+        loss = training.loss(x, y)
         total_losses.append(loss.total.item())
         if step == 0:
             assert loss.per_sample.mean(dim=1).tolist() == pytest.approx(want["exit_losses"], rel=1e-9)

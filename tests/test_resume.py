@@ -15,7 +15,7 @@ import train_cifar100
 from models import BoostedNet
 from utils import checkpoint, trainer
 from utils.errors import STOPPED
-from utils.objective import ExitLosses
+from utils.methods.losses import ExitLosses
 from utils.optim import LRScheduler
 
 # Between them every kind of state: momentum and Adam's averages, both schedules, the averages of --loss_equal.

@@ -1,4 +1,4 @@
-"""What is known of each data set before it is opened. Loads nothing, so that the command line starts fast."""
+"""What is known of each data set before it is opened, and of each training method. Loads nothing, for a fast command line."""
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -34,3 +34,47 @@ DATASETS = {
 def title_of(dataset: str) -> str:
     """Name of a data set in plots and tables."""
     return DATASETS[dataset].title if dataset in DATASETS else dataset
+
+
+class TrainingMethod(NamedTuple):
+    """Facts of a training method; `utils.methods` has the methods themselves.
+
+    Attributes:
+        title: name in plots and tables.
+        boosted: its exits predict the boosted sum F_n; otherwise each exit predicts alone.
+        flags: dest names of the flags that it reads and not every method does.
+        defaults: of those flags whose default depends on the method.
+        sgd_only: it computes the optimiser's step itself, and knows SGD's alone.
+        second_stage: it builds on a trained network, which has to be given and stays as it is.
+    """
+
+    title: str
+    boosted: bool
+    flags: frozenset[str]
+    defaults: dict[str, float] = {}
+    sgd_only: bool = False
+    second_stage: bool = False
+
+
+_WEIGHTING = frozenset(("meta_net_hidden_size", "meta_net_num_layers", "meta_net_input_type", "constraint_dimension", "epsilon",
+                        "target_p_index", "meta_interval", "meta_lr", "meta_weight_decay"))
+_DISTILLATION = frozenset(("distill_weight", "distill_T", "teacher"))
+
+METHODS = {
+    "boost": TrainingMethod("BoostNet", True, frozenset(("trainable_ensemble", "loss_equal"))),
+    "joint": TrainingMethod("joint training", False, frozenset(("loss_equal",))),
+    "l2w": TrainingMethod("sample weighting", False, _WEIGHTING, sgd_only=True),
+    "block_losses": TrainingMethod("block-dependent losses", False, _DISTILLATION | {"groups", "overlap", "include_final"},
+                                   {"distill_weight": 0.0, "distill_T": 2.5}),
+    "imta": TrainingMethod("collaborating exits", False, frozenset(("distill_weight", "distill_T")),
+                           {"distill_weight": 0.9, "distill_T": 3.0}, second_stage=True),
+    "boost_l2w": TrainingMethod("BoostNet, sample weighting", True, _WEIGHTING | {"trainable_ensemble"}, sgd_only=True),
+    "boost_distill": TrainingMethod("BoostNet, distillation", True, _DISTILLATION | {"trainable_ensemble", "loss_equal"},
+                                    {"distill_weight": 0.35, "distill_T": 2.5}),
+}
+METHOD_ALIASES = {"conventional": "joint"}
+
+
+def method_title(method: str) -> str:
+    """Name of a training method in plots and tables."""
+    return METHODS[method].title if method in METHODS else method

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.catalog import title_of
+from utils.catalog import method_title, title_of
 from utils.errors import UserError
-from utils.plots import COLOURS, INK, LINES, MARKERS, METHODS, MILLIONS, plain
+from utils.plots import COLOURS, INK, LINES, MARKERS, MILLIONS, plain
 from utils.reading import reading_words
 from utils.run import RESULTS
 from utils.tables import format_table, millions
@@ -47,8 +47,7 @@ class Row(NamedTuple):
 
     @property
     def label(self) -> str:
-        name = METHODS.get(self.anytime["method"], self.anytime["method"])
-        return ", ".join([name, *reading_words(self.anytime)])
+        return ", ".join([method_title(self.anytime["method"]), *reading_words(self.anytime)])
 
     @property
     def millions(self) -> list[float]:

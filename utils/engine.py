@@ -1,17 +1,24 @@
 """One epoch of training and one pass of evaluation; both keep their figures on the device until they are asked for."""
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from utils.distributed import any_rank, gather_samples, of_all_ranks, rank, sum_over_ranks
+from utils.distributed import gather_samples, of_all_ranks, rank, sum_over_ranks
 from utils.errors import TrainingDiverged
-from utils.objective import ExitLosses, Loss, valid_share
+from utils.methods import Method
 from utils.reading import Measure, confidence
+
+
+def valid_share(per_sample: Tensor) -> Tensor:
+    """Share (n_exits,) of the batch that still trains each exit (paper, fig. 3), from cross entropies (n_exits, B).
+
+    A sample is valid for an exit when its loss there exceeds the 10th percentile of the first exit's losses in the batch.
+    """
+    return (per_sample > per_sample[0].quantile(0.1)).float().mean(dim=1)
 
 
 class EpochFigures:
@@ -74,66 +81,24 @@ class EpochFigures:
         self.seconds = state["seconds"]
 
 
-def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether no tensor has a NaN or an infinite number, as a bool tensor on their device."""
-    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
-    return torch.nn.utils.get_total_norm(floats, norm_type=math.inf).isfinite()
-
-
-class BadSteps:
-    """Finds steps whose loss or gradient is not finite, and takes back what their forward pass changed.
-
-    Finding them waits for the device in every step.
-    """
-
-    def __init__(self, model: nn.Module, objective: ExitLosses) -> None:
-        self.objective = objective
-        self.parameters, self.buffers = list(model.parameters()), list(model.buffers())
-
-    def before_forward(self) -> None:
-        self.buffers_before = [buffer.clone() for buffer in self.buffers]
-        self.average_before = self.objective.average   # a new tensor in every step
-
-    def found(self, loss: Loss) -> bool:
-        """Whether this step is bad on any rank; to be called after the backward pass."""
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        return any_rank(not (loss.per_sample.isfinite().all() & all_finite(gradients)))
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        for buffer, before in zip(self.buffers, self.buffers_before):
-            buffer.copy_(before)
-        self.objective.average = self.average_before
-
-
-def train_epoch(model: nn.Module, objective: ExitLosses, batches: Iterable, optimizer: torch.optim.Optimizer,
-                figures: EpochFigures, *, after_step: Callable[[int], bool], skip_bad: bool = False) -> bool:
+def train_epoch(method: Method, batches: Iterable, figures: EpochFigures, *, after_step: Callable[[int], bool]) -> bool:
     """Train on every batch.
 
     Args:
-        model: returns the predictions of all exits for a batch of images (a BoostedNet or a wrapper around one).
+        method: makes a step of a batch.
         batches: of (images (B, 3, H, W), labels (B,), share), on the device.
         figures: is added to.
         after_step: called with the number of steps done in this epoch; returns True to stop before the next one.
-        skip_bad: leave out steps whose loss or gradient is not finite.
     Returns:
         Whether the epoch is complete.
     """
-    model.train()
-    bad_steps = BadSteps(model, objective) if skip_bad else None
-    for images, labels, share in batches:
-        if bad_steps:
-            bad_steps.before_forward()
-        predictions = model(images)
-        loss = objective(predictions, labels, share)
-        optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
-        if bad_steps and bad_steps.found(loss):
-            bad_steps.undo()
+    method.network.train()
+    for batch in batches:
+        outcome = method.step(*batch)
+        if outcome is None:
             figures.skip()
         else:
-            optimizer.step()
-            figures.add(predictions, labels, loss.per_sample)
+            figures.add(outcome.predictions, outcome.labels, outcome.per_sample)
         if after_step(figures.steps):
             return False
     return True

@@ -5,7 +5,7 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 
-from utils.catalog import DATASETS
+from utils.catalog import DATASETS, METHOD_ALIASES, METHODS
 from utils.cli import OneLineParser, list_of, number, true_false, whole
 
 IMAGE_SIZES = (32, 224)
@@ -129,14 +129,52 @@ def _network_flags(parser: argparse.ArgumentParser) -> None:
 
 def _method_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("method").add_argument
-    add("--method", choices=("boost", "joint"), default="boost",
-        help="boost: each exit corrects the sum of those before it; joint: every exit alone, the paper's baseline "
-             "(default: %(default)s)")
+    add("--method", type=lambda name: METHOD_ALIASES.get(name, name), choices=tuple(METHODS), default="boost",
+        help="boost: each exit corrects the sum of those before it; joint (or conventional): every exit alone, the paper's "
+             "baseline; l2w: weights for samples, learnt; block_losses: an exit trains only the last blocks before it; imta: "
+             "collaborating exits on the trained network of --checkpoint; boost_l2w, boost_distill: boosted exits with learnt "
+             "weights or distillation (default: %(default)s)")
     add("--ensemble_reweight", type=list_of(number, ",", "0.3,0.7"), default="0.5", metavar="X[,X]",
         help="temperature t_n on the earlier exits' sum: one value, two to interpolate from first to last exit, or "
-             "one per exit; --method joint puts 0 in its place (default: %(default)s)")
-    add("--trainable_ensemble", action="store_true", help="let gradients through the earlier exits' sum (an ablation)")
-    add("--loss_equal", action="store_true", help="scale every exit's loss to the moving average of all exits' losses")
+             "one per exit; methods whose exits predict alone put 0 in its place (default: %(default)s)")
+    add("--trainable_ensemble", action="store_true",
+        help="boosted exits: let gradients through the earlier exits' sum (an ablation)")
+    add("--loss_equal", action="store_true",
+        help="boost, joint, boost_distill: scale every exit's loss to the moving average of all exits' losses")
+    add("--groups", type=list_of(whole, "-", "3-4"), metavar="N[-N]",
+        help="block_losses: sizes of groups of blocks, summing to the number of exits; a loss trains its own group")
+    add("--overlap", type=whole, metavar="N",
+        help="block_losses: number of blocks that a loss trains, its own the last of them; 1 is local error")
+    add("--include_final", action="store_true", help="with --overlap: the last exit's loss trains all blocks")
+    add("--distill_weight", type=number, metavar="X",
+        help="weight of distillation from the last exit to the others (default: 0.35 of boost_distill, 0.9 of imta, 0 of "
+             "block_losses)")
+    add("--distill_T", type=number, metavar="X",
+        help="temperature of distillation (default: 2.5; 3 of imta)")
+    add("--teacher", metavar="FILE",
+        help="block_losses, boost_distill: checkpoint of the network to distill from, instead of the last exit")
+    _weighting_flags(parser)
+
+
+def _weighting_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("learning to weight samples", "--method l2w and boost_l2w").add_argument
+    add("--meta_net_hidden_size", type=whole, default=500, metavar="N",
+        help="units of a hidden layer of the weight network (default: %(default)s)")
+    add("--meta_net_num_layers", type=whole, default=1, metavar="N", help="its hidden layers (default: %(default)s)")
+    add("--meta_net_input_type", choices=("loss", "conf", "both"), default="loss",
+        help="what it reads of a sample: loss or confidence at every exit (default: %(default)s)")
+    add("--constraint_dimension", choices=("row", "col", "mat"), default="mat",
+        help="what its output is centred over: samples, exits or both (default: %(default)s)")
+    add("--epsilon", type=number, default=0.3, metavar="X",
+        help="weight of a sample = 1 + X * centred output (default: %(default)s)")
+    add("--target_p_index", type=whole, default=15, metavar="N",
+        help="held-out halves leave at the exits in shares proportional to q^n, q = N/20 (default: %(default)s)")
+    add("--meta_interval", type=whole, default=1, metavar="N",
+        help="batches from one step of the weight network to the next (default: %(default)s)")
+    add("--meta_lr", type=number, default=1e-4, metavar="X",
+        help="learning rate of the weight network at the start, falling to 0 as a cosine (default: %(default)s)")
+    add("--meta_weight_decay", type=number, default=1e-4, metavar="X",
+        help="weight decay of the weight network (default: %(default)s)")
 
 
 def _training_flags(parser: argparse.ArgumentParser) -> None:

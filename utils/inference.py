@@ -15,7 +15,7 @@ from models import BoostedNet
 from models.inference import fold_batch_norm, growing_form
 from utils import checkpoint
 from utils.errors import UserError
-from utils.restore import restore
+from utils.restore import require_same_hold_out, restore
 
 FORMS = ("growing", "folded", "compiled")
 
@@ -32,6 +32,21 @@ def load_model(path: str | Path) -> tuple[BoostedNet, dict[str, Any]]:
     args = argparse.Namespace(**saved["architecture"], method=saved["method"], ensemble_reweight=saved["temperatures"],
                               trainable_ensemble=False, evaluate_from=path)
     return restore(args, saved).eval(), saved
+
+
+def load_teacher(path: str | Path, data) -> BoostedNet:
+    """The network of a checkpoint, to learn from on `data`.
+
+    Raises:
+        UserError: when it is of other classes or image size, or may have seen the images that are held out.
+    """
+    model, saved = load_model(path)
+    if saved["class_names"] != data.class_names:
+        raise UserError(f"{path} was trained on other classes than those of this data set")
+    if saved["architecture"]["image_size"] != data.image_size:
+        raise UserError(f"{path} is for images of {saved['architecture']['image_size']} pixels, these have {data.image_size}")
+    require_same_hold_out(saved, data, str(path))
+    return model
 
 
 def prepare_for_inference(model: BoostedNet, form: str | None = None) -> BoostedNet:

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 def build_optimizer(backbone: nn.Module, *, name: str, lr: float, momentum: float,
                     weight_decay: Sequence[float]) -> torch.optim.Optimizer:
-    """Optimiser over all parameters of a backbone.
+    """Optimiser over the parameters of a backbone that are not frozen.
 
     Args:
         name: "sgd", "rmsprop" or "adam".
@@ -30,7 +30,7 @@ def build_optimizer(backbone: nn.Module, *, name: str, lr: float, momentum: floa
 
 def _groups(backbone: nn.Module, weight_decay: Sequence[float]) -> list[dict]:
     if len(weight_decay) == 1:
-        return [{"params": list(backbone.parameters()), "weight_decay": weight_decay[0]}]
+        return [{"params": [p for p in backbone.parameters() if p.requires_grad], "weight_decay": weight_decay[0]}]
     if not hasattr(backbone, "blocks"):
         raise ValueError("two --weight-decay values are interpolated over MSDNet's blocks; pass one for this architecture")
     first, last = weight_decay

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_inference import combine_sizes
-from utils.catalog import title_of
+from utils.catalog import method_title, title_of
 from utils.cli import OneLineParser
 from utils.errors import UserError, user_errors
 from utils.files import atomic_write
@@ -33,7 +33,6 @@ LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 INK, PALE = "#333333", "#8A8A8A"
 MILLIONS = "$10^6$"
 
-METHODS = {"boost": "BoostNet", "joint": "joint training"}
 ARCHITECTURES = {"msdnet": "MSDNet without rescaling", "msdnet_ge": "MSDNet",
                  "ranet": "RANet", "ranet_ge": "RANet with rescaling"}
 PAPER_BACKBONES = {"msdnet": "MSDNet", "ranet": "RANet"}
@@ -198,7 +197,7 @@ def labels(results: Sequence[dict], sizes: Sequence[int] | None = None, name_fam
     found = []
     for result, size in zip(results, sizes or [1] * len(results), strict=True):
         method, arch = result["method"], result["arch"]
-        words = [f"{METHODS.get(method, method)}, {ARCHITECTURES.get(arch, arch)}", *reading_words(result)]
+        words = [f"{method_title(method)}, {ARCHITECTURES.get(arch, arch)}", *reading_words(result)]
         words += [f"{size} sizes combined"] if size > 1 else []
         # Of patience the words of the reading tell already.
         families = {"eq9": ["eq. 9"], "released": ["released sweep"]}

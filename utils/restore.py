@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from models import BoostedNet, expand_temperatures
+from utils.catalog import METHODS
 from utils.checkpoint import load_weights
 from utils.errors import UserError
 from utils.flags import NETWORK
@@ -62,7 +63,7 @@ def _check(args: argparse.Namespace, saved: dict[str, Any]) -> None:
     wrong += [name for name in architecture if name not in ARCHITECTURE]
     if not all(isinstance(t, float) and math.isfinite(t) for t in temperatures):
         wrong.append("temperatures")
-    if saved["method"] not in ("boost", "joint"):
+    if saved["method"] not in METHODS:
         wrong.append("method")
     if wrong:
         raise UserError(f"{args.evaluate_from} is damaged, or from another version: its {wrong[0]} makes no sense")
@@ -80,7 +81,7 @@ def _is_like(value: Any, example: Any) -> bool:
 def _take_over_temperatures(args: argparse.Namespace, stored: list[float]) -> None:
     if args.ensemble == "boost" and not any(stored[1:]):   # trained alone, to be added up: with what, only the flag can say
         return
-    if "ensemble_reweight" in args.explicit and args.method != "joint":   # the baseline has no use for the flag
+    if "ensemble_reweight" in args.explicit and METHODS[args.method].boosted:   # the baseline has no use for the flag
         try:
             given = expand_temperatures(args.ensemble_reweight, len(stored))
         except ValueError as error:
@@ -100,6 +101,17 @@ def restore(args: argparse.Namespace, saved: dict[str, Any]) -> BoostedNet:
     model = build_model(args)
     load_weights(model.backbone, saved["state_dict"], args.evaluate_from)
     return model
+
+
+def require_same_hold_out(saved: dict[str, Any], data, source: str) -> None:
+    """Refuse a network to build on that may have been trained on images which are held out here.
+
+    Raises:
+        UserError: when its checkpoint (from `checkpoint.load`) has another hold-out split; a released one says nothing of it.
+    """
+    if data.split and "split" in saved and (saved["split"] or {}).get("hash") != data.split.hash:
+        raise UserError(f"{source} was trained with another hold-out split, on images that this run holds out; train it with the "
+                        "same --use-valid, --valid_size and --seed")
 
 
 def _show(value: Any) -> str:

@@ -6,18 +6,17 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from models import BoostedNet
-from utils import checkpoint, distributed
-from utils.engine import EpochFigures, all_finite, predict, train_epoch
+from utils import catalog, checkpoint, distributed
+from utils.engine import EpochFigures, predict, train_epoch
 from utils.errors import TrainingDiverged, UserError
 from utils.evaluation import evaluate_anytime, header
-from utils.methods import build_model
-from utils.objective import ExitLosses
+from utils.inference import load_teacher
+from utils.methods import METHODS, Method, build_method, build_model, require_one_process
+from utils.methods.bad_steps import all_finite
 from utils.optim import build_optimizer, build_scheduler
-from utils.restore import describe
+from utils.restore import describe, require_same_hold_out
 from utils.rng import make_deterministic, rng_state, seed_all, set_rng_state
 from utils.run import Run, plain, start_run
 from utils.signals import StopSignals
@@ -31,6 +30,7 @@ def prepare(args: argparse.Namespace, data, device: torch.device, saved: dict[st
     Raises:
         UserError: for flags that fit no network, or weights or a checkpoint that fit the flags or the data not.
     """
+    require_one_process(args)
     args.num_classes = data.num_classes
     place = (saved["epoch"], saved["training"]["figures"]["steps"]) if saved else None
     if not distributed.same_everywhere(place, data.labels_hash, data.n_train, data.n_valid, data.n_test):
@@ -41,16 +41,23 @@ def prepare(args: argparse.Namespace, data, device: torch.device, saved: dict[st
         make_deterministic()
     model = build_model(args).to(device)
     if args.checkpoint:
-        checkpoint.load_weights(model.backbone, checkpoint.load(args.checkpoint)["state_dict"], args.checkpoint)
+        start = checkpoint.load(args.checkpoint)
+        METHODS[args.method].load_start(model, start, args.checkpoint)
+        if catalog.METHODS[args.method].second_stage:
+            require_same_hold_out(start, data, args.checkpoint)
+    elif catalog.METHODS[args.method].second_stage and not saved:
+        raise UserError(f"nothing to resume in {args.result_dir}; --method {args.method} begins with the trained network of "
+                        "--checkpoint FILE, without --resume")
+    teacher = load_teacher(args.teacher, data).to(device) if args.teacher else None
     optimizer = build_optimizer(model.backbone, name=args.optimizer, lr=args.lr_f, momentum=args.momentum,
                                 weight_decay=args.weight_decay)
     scheduler = build_scheduler(optimizer, kind=args.lr_type, milestones=args.lr_milestones, decay_rate=args.decay_rate,
                                 epochs=args.epochs)
     run = start_run(args.result_dir, tensorboard_dir=args.tensorboard_dir, config=plain(vars(args)), split=data.split,
                     device=device)
-    trainer = Trainer(model, data, run, optimizer=optimizer, scheduler=scheduler, objective=ExitLosses(args.loss_equal),
-                      description=describe(args, model, data), epochs=args.epochs, start_epoch=args.start_epoch,
-                      print_freq=args.print_freq, skip_bad=args.on_nan == "skip", wrapped=distributed.wrap(model, device))
+    method = build_method(args, model, optimizer, network=distributed.wrap(model, device), teacher=teacher)
+    trainer = Trainer(method, data, run, scheduler=scheduler, description=describe(args, model, data), epochs=args.epochs,
+                      start_epoch=args.start_epoch, print_freq=args.print_freq)
     if saved:
         trainer.resume(saved)
     elif args.resume:
@@ -62,31 +69,26 @@ class Trainer:
     """A model in training and all that belongs to its state.
 
     Args:
-        model: the network; checkpoints hold its backbone.
+        method: with the network, of which checkpoints hold the backbone, and the optimiser.
         data: with `train(epoch, first_batch)`, `valid()`, `n_train`, `n_valid`.
         run: folder, log and results.
         description: what a checkpoint says about the network besides its weights.
         epochs, start_epoch: train epochs start_epoch ... epochs - 1.
         print_freq: steps between looks at the loss; nothing else in an epoch waits for the device.
-        skip_bad: leave out steps whose loss or gradient is not finite, instead of stopping.
-        wrapped: what to call for the training forward pass (DistributedDataParallel); the model itself by default.
     """
 
-    def __init__(self, model: BoostedNet, data, run: Run, *, optimizer: torch.optim.Optimizer,
-                 scheduler: torch.optim.lr_scheduler.LRScheduler, objective: ExitLosses, description: dict[str, Any],
-                 epochs: int, start_epoch: int = 0, print_freq: int = 10, skip_bad: bool = False,
-                 wrapped: nn.Module | None = None) -> None:
-        self.model, self.data, self.run, self.description = model, data, run, description
-        self.optimizer, self.scheduler, self.objective = optimizer, scheduler, objective
-        self.epochs, self.epoch, self.print_freq, self.skip_bad = epochs, start_epoch, print_freq, skip_bad
-        self.wrapped = wrapped or model
-        self.device = next(model.parameters()).device
+    def __init__(self, method: Method, data, run: Run, *, scheduler: torch.optim.lr_scheduler.LRScheduler,
+                 description: dict[str, Any], epochs: int, start_epoch: int = 0, print_freq: int = 10) -> None:
+        self.method, self.data, self.run, self.description = method, data, run, description
+        self.model, self.optimizer, self.scheduler = method.model, method.optimizer, scheduler
+        self.epochs, self.epoch, self.print_freq = epochs, start_epoch, print_freq
+        self.device = next(self.model.parameters()).device
         self.best = {"epoch": 0, "top1": -1.0, "chosen_on": "hold-out" if data.n_valid else "last epoch"}
         self.history: list[dict[str, Any]] = []
-        self.figures = EpochFigures(model.n_exits, self.device)   # of the epoch under way: its steps are the place in it
+        self.figures = EpochFigures(self.model.n_exits, self.device)   # of the epoch under way: its steps are the place in it
         self.optimizer.step()   # no gradients yet: moves nothing, but the schedule expects it in front of its own first step
         for _ in range(start_epoch):
-            self.scheduler.step()
+            self._advance_schedules()
 
     def fit(self, signals: StopSignals | None = None) -> bool:
         """Train to the last epoch; False when a signal ended it before that, with everything saved.
@@ -141,7 +143,7 @@ class Trainer:
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
-            self.objective.load_state_dict(state["objective"], self.device)
+            self.method.load_state_dict(state["objective"])
             self.figures.load_state_dict(state["figures"])
             set_rng_state(state["rng"])
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -172,8 +174,7 @@ class Trainer:
                 # Several processes agree only now and then: asking all of them makes each wait for its device.
                 return (distributed.world_size() == 1 or step % self.print_freq == 0) and self._stop(signals)
 
-            complete = train_epoch(self.wrapped, self.objective, batches, self.optimizer, figures, after_step=after_step,
-                                   skip_bad=self.skip_bad)
+            complete = train_epoch(self.method, batches, figures, after_step=after_step)
         figures.seconds += time.perf_counter() - started
         figures.check(self.epoch, lr)
         # The last update may have spoilt the weights without any loss having shown it.
@@ -190,7 +191,7 @@ class Trainer:
                  "images_per_s": round(self.data.n_train / figures.seconds, 1)}
         distributed.share_buffers(self.model)
         entry["valid_top1"] = predict(self.model, self.data.valid()).top1 if self.data.n_valid else None
-        self.scheduler.step()
+        self._advance_schedules()
         self.epoch += 1
         self.figures = EpochFigures(self.model.n_exits, self.device)
         self.history.append(entry)
@@ -203,6 +204,10 @@ class Trainer:
         self._save(is_best)
         self.run.results |= {"epochs": self.history, "best": self.best}
         self.run.save_results()
+
+    def _advance_schedules(self) -> None:
+        self.scheduler.step()
+        self.method.end_epoch()
 
     def _save(self, is_best: bool = False) -> None:
         figures = self.figures.state_dict()   # of all processes, so that all of them have to come here
@@ -225,7 +230,7 @@ class Trainer:
 
     def _training_state(self, figures: dict[str, Any]) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-                "objective": self.objective.state_dict(), "figures": figures, "best": self.best,
+                "objective": self.method.state_dict(), "figures": figures, "best": self.best,
                 "history": self.history, "rng": rng_state(), "config": self.run.results["config"], **self._origin()}
 
     def _report(self, entry: dict[str, Any]) -> None:

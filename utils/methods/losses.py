@@ -1,7 +1,5 @@
-"""From the predictions of all exits to one loss."""
+"""From the predictions of all exits to losses."""
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +8,18 @@ from torch import Tensor
 from utils.distributed import sum_over_ranks, world_size
 
 
-class Loss(NamedTuple):
-    """Outcome of one batch.
+def cross_entropies(predictions: list[Tensor], labels: Tensor) -> Tensor:
+    """Cross entropy (n_exits, B) of every exit and sample, for n_exits predictions (B, num_classes) and labels (B,)."""
+    return torch.stack([F.cross_entropy(p, labels, reduction="none") for p in predictions])
 
-    Attributes:
-        total: scalar to call backward on.
-        per_sample: (n_exits, B) cross entropies, without gradient.
+
+def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence from softmax(teacher / T) to softmax(logits / T), mean over the batch, without a factor T^2.
+
+    Both are (B, num_classes); the teacher is a constant. The divergence of a sample is a sum over the classes.
     """
-
-    total: Tensor
-    per_sample: Tensor
+    target = F.log_softmax(teacher.detach() / temperature, dim=1)
+    return F.kl_div(F.log_softmax(logits / temperature, dim=1), target, reduction="batchmean", log_target=True)
 
 
 class ExitLosses:
@@ -33,15 +33,14 @@ class ExitLosses:
         self.equalise = equalise
         self.average: Tensor | None = None   # (n_exits,) moving averages a_n
 
-    def __call__(self, predictions: list[Tensor], labels: Tensor, share: float = 1.0) -> Loss:
-        """Loss of predictions, n_exits tensors (B, num_classes), for labels (B,).
+    def __call__(self, per_sample: Tensor, share: float = 1.0) -> Tensor:
+        """Loss (a scalar) of cross entropies (n_exits, B).
 
         `share` weights this process's mean where the processes' batches differ in size (1.0 in a single process).
         """
-        per_sample = torch.stack([F.cross_entropy(p, labels, reduction="none") for p in predictions])
         per_exit = per_sample.mean(dim=1)
         total = self._equalised(per_exit, share) if self.equalise else per_exit.sum()
-        return Loss(total * share if share != 1.0 else total, per_sample.detach())
+        return total * share if share != 1.0 else total
 
     def _equalised(self, per_exit: Tensor, share: float) -> Tensor:
         current = sum_over_ranks(per_exit.detach() * share) / world_size()
@@ -53,11 +52,3 @@ class ExitLosses:
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
         self.average = None if state["average"] is None else state["average"].to(device)
-
-
-def valid_share(per_sample: Tensor) -> Tensor:
-    """Share (n_exits,) of the batch that still trains each exit (paper, fig. 3).
-
-    A sample is valid for an exit when its loss there exceeds the 10th percentile of the first exit's losses in the batch.
-    """
-    return (per_sample > per_sample[0].quantile(0.1)).float().mean(dim=1)

@@ -1,0 +1,82 @@
+"""New exits on a frozen backbone, each of which reads the answer of the one before it."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What a step hands to the next one: the state of the frozen backbone, and the logits of the exit before (none before exit 0).
+State = list[Any]
+
+
+class CollaborativeNet(nn.Module):
+    """Inline subnetwork collaboration (arXiv:1908.06294): a backbone with other classifiers.
+
+    Exit n is a linear layer on the pooled features of the backbone's classifier n, and from the second exit on also on the logits
+    of exit n-1, passed through linear layer, normalisation and ReLU. Their gradient goes back into the exits before. The backbone
+    is frozen: no gradient, and always in eval mode. It takes the place of a backbone wherever one is run step by step.
+
+    Attribute names (`net`, `classifier`, `isc_modules`) are part of the checkpoint format.
+
+    Args:
+        net: MSDNet or RANet, or the growing form of one (`models.inference`).
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net.requires_grad_(False)
+        linear = [classifier.linear for classifier in net.classifier]
+        num_classes = linear[0].out_features
+        self.classifier = nn.ModuleList(
+            nn.Linear(old.in_features * (2 if n else 1), num_classes) for n, old in enumerate(linear))
+        self.isc_modules = nn.ModuleList(
+            nn.Sequential(nn.Linear(num_classes, old.in_features), nn.BatchNorm1d(old.in_features), nn.ReLU(inplace=True))
+            for old in linear[1:])
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> CollaborativeNet:
+        super().train(mode)
+        self.net.eval()
+        return self
+
+    @property
+    def n_exits(self) -> int:
+        return len(self.classifier)
+
+    def start(self, x: Tensor) -> State:
+        """State in front of exit 0 for images x (B, 3, H, W)."""
+        return [self.net.start(x), []]
+
+    def step(self, n: int, state: State) -> tuple[Tensor, State]:
+        """Run the blocks up to exit n on the state that step n-1 returned: (logits (B, num_classes), next state)."""
+        logits, _, state = self._step(n, state)
+        return logits, state
+
+    def _step(self, n: int, state: State) -> tuple[Tensor, Tensor, State]:
+        features, onward = self.net.advance(n, state[0])
+        pooled = self.net.classifier[n].pool(features)
+        read = torch.cat([pooled, self.isc_modules[n - 1](*state[1])], dim=1) if n else pooled
+        logits = self.classifier[n](read)
+        return logits, pooled, [onward, [logits]]
+
+    def live(self, n: int, state: State) -> State:
+        """The part of the state after step n that has been written to."""
+        live = getattr(self.net, "live", lambda n, state: state)
+        return [live(n, state[0]), state[1]]
+
+    def with_teacher(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Logits (B, num_classes) of every exit, and those of the backbone's own last classifier."""
+        state, all_logits = self.start(x), []
+        for n in range(self.n_exits):
+            logits, pooled, state = self._step(n, state)
+            all_logits.append(logits)
+        return all_logits, self.net.classifier[-1].linear(pooled)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Raw logits (B, num_classes) of every exit, shallow to deep, for images x (B, 3, H, W)."""
+        state, all_logits = self.start(x), []
+        for n in range(self.n_exits):
+            logits, state = self.step(n, state)
+            all_logits.append(logits)
+        return all_logits

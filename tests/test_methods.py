@@ -1,0 +1,311 @@
+"""Every training method through the programs: trained, stopped and resumed to the bit, evaluated; and what each one promises."""
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import command, differences, make_images, one_line_error, outcome, signal_at_step
+
+import eval_cifar100
+import train_cifar100
+from adaptive_inference import EarlyExit
+from models import BoostedNet, CollaborativeNet, MSDNet, RANet
+from utils import checkpoint, distributed
+from utils.errors import STOPPED
+from utils.inference import FORMS, prepare_for_inference
+from utils.methods import METHODS, Method, imta, l2w
+from utils.methods.block_losses import BlockLosses
+from utils.methods.distillation import Distillation
+from utils.methods.losses import cross_entropies, divergence
+from utils.optim import build_optimizer
+
+# Flags of a run for every method; {joint} and {boost} are finished runs. Batches of 13: the last of 40 images is alone.
+SETUPS = {
+    "l2w": "--method l2w --meta_interval 2 --meta_net_hidden_size 8 --lr-type cosine",
+    "boost_l2w": "--method boost_l2w --meta_net_hidden_size 8 --meta_net_input_type both --constraint_dimension row "
+                 "--batch-size 13",
+    "local error": "--method block_losses --overlap 1 --distill_weight 0.3",
+    "taught blocks": "--method block_losses --groups 2 --distill_weight 0.5 --teacher {boost}/model_best.pth",
+    "boost_distill": "--method boost_distill --loss_equal",
+    "imta": "--method imta --checkpoint {joint}/model_best.pth --batch-size 13",
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """Folders of uninterrupted runs, trained when first asked for."""
+    folder, known = tmp_path_factory.mktemp("finished"), {}
+
+    def run(setup: str) -> Path:
+        if setup not in known:
+            flags = SETUPS.get(setup, f"--method {setup}")
+            places = {name: run(name) for name in ("joint", "boost") if f"{{{name}}}" in flags}
+            known[setup] = folder / setup.replace(" ", "_")
+            assert train_cifar100.main(command(images, known[setup], *flags.format(**places).split())) == 0
+        return known[setup]
+
+    return run
+
+
+def flags_of(setup: str, finished) -> list[str]:
+    return SETUPS[setup].format(joint=finished("joint"), boost=finished("boost")).split()
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_a_run_of_any_method_stopped_in_mid_epoch_ends_as_if_it_had_not_been(images, finished, tmp_path, monkeypatch, setup):
+    line = command(images, tmp_path, *flags_of(setup, finished))
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, 5)
+        assert train_cifar100.main(line) == STOPPED
+    if "--checkpoint" in line:   # belongs to the first start only
+        place = line.index("--checkpoint")
+        del line[place:place + 2]
+    assert train_cifar100.main([*line, "--resume"]) == 0
+    assert not list(differences(outcome(tmp_path), outcome(finished(setup))))
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_evaluation_takes_the_method_from_the_checkpoint(images, finished, tmp_path, setup):
+    run = finished(setup)
+    line = ["--data-root", str(images), "--evaluate-from", str(run / "model_latest.pth"), "--result_dir", str(tmp_path)]
+    for mode in ("anytime", "dynamic", "realtime"):
+        assert eval_cifar100.main([*line, "--evalmode", mode, "--device", "cpu", "--threads", "1"]) == 0
+    evaluated, tested = (json.loads((folder / "anytime.json").read_text()) for folder in (tmp_path, run))
+    assert evaluated["top1"] == tested["top1"] and evaluated["method"] == tested["method"] == SETUPS[setup].split()[1]
+    assert any(evaluated["temperatures"]) == evaluated["method"].startswith("boost")
+
+
+def test_every_method_has_a_run_here(finished):
+    assert {"joint", "boost", *(flags.split()[1] for flags in SETUPS.values())} == set(METHODS)
+
+
+@pytest.mark.parametrize("piece", ["weight_net", "meta_optimizer", "batches", "epochs_done"])
+def test_the_comparison_notices_a_piece_of_sample_weighting_that_is_not_restored(images, finished, tmp_path, monkeypatch, piece):
+    load, flags = l2w.SampleWeighting.load_state_dict, flags_of("l2w", finished)
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, 8)
+        assert train_cifar100.main(command(images, tmp_path, *flags)) == STOPPED
+    monkeypatch.setattr(l2w.SampleWeighting, "load_state_dict",
+                        lambda self, state: load(self, {**self.state_dict(), **{k: v for k, v in state.items() if k != piece}}))
+    assert train_cifar100.main([*command(images, tmp_path, *flags), "--resume"]) == 0
+    assert list(differences(outcome(tmp_path), outcome(finished("l2w"))))
+
+
+@pytest.mark.parametrize("setup", ["l2w", "local error", "imta"])
+def test_a_bad_step_of_any_method_is_left_out_and_training_goes_on(images, finished, tmp_path, monkeypatch, setup):
+    train = METHODS[flags_of(setup, finished)[1]].step
+    steps = iter(range(1, 10**9))
+
+    def spoilt(self, images, labels, share):
+        return train(self, images * float("nan") if next(steps) == 2 else images, labels, share)
+
+    monkeypatch.setattr(METHODS[flags_of(setup, finished)[1]], "step", spoilt)
+    more = ["--on_nan", "skip", "--batch-size", "10"]
+    assert train_cifar100.main(command(images, tmp_path, *flags_of(setup, finished), *more)) == 0
+    epochs = json.loads((tmp_path / "results.json").read_text())["epochs"]
+    assert [entry["skipped_steps"] for entry in epochs] == [1, 0]
+
+
+def network(boosted: bool, *, ranet: bool = False, n_blocks: int = 3) -> BoostedNet:
+    torch.manual_seed(0)
+    if ranet:
+        backbone = RANet(n_blocks=1, block_step=1, n_channels=4, num_classes=5, scale_list=[1, 2, 3], gr_factor=[4, 2, 1],
+                         bn_factor=[4, 2, 1])
+    else:
+        backbone = MSDNet(n_blocks=n_blocks, n_channels=4, base=1, num_classes=5)
+    return BoostedNet(backbone.double(), [0.5 if boosted else 0.0] * backbone.n_exits).train()
+
+
+def batch(size: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(size, 3, 32, 32, generator=draw, dtype=torch.float64), torch.arange(size) % 5
+
+
+LEARNERS = {"boost": (Method, {}), "joint": (Method, {}), "l2w": (l2w.SampleWeighting, {}),
+            "boost_l2w": (l2w.SampleWeighting, {}),
+            "block_losses": (BlockLosses, {"overlap": 1, "distill_weight": 0.35, "temperature": 2.5}),
+            "imta": (imta.Collaboration, {}), "boost_distill": (Distillation, {"distill_weight": 0.35, "temperature": 2.5})}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_lowers_the_loss_of_every_exit_on_a_batch_seen_again_and_again(name):
+    method, options = LEARNERS[name]
+    model, (x, y) = network(boosted=name.startswith("boost")), batch(10)
+    model.backbone = method.adapt(model.backbone).double()
+    model.train()
+    optimizer = build_optimizer(model.backbone, name="sgd", lr=0.05, momentum=0.9, weight_decay=[1e-4])
+    learner = method(model, optimizer, **options)
+    losses = [learner.step(x, y).per_sample.mean(dim=1) for _ in range(12)]
+    assert (losses[-1] < losses[0]).all(), torch.stack(losses)
+
+
+def gradients(method: Method) -> dict[str, torch.Tensor | None]:
+    return {name: p.grad for name, p in method.model.named_parameters()}
+
+
+def still(model: BoostedNet) -> torch.optim.Optimizer:
+    """An optimiser that leaves the parameters as they are."""
+    return torch.optim.SGD(model.backbone.parameters(), lr=0.0)
+
+
+def test_boosted_self_distillation_is_the_boosted_loss_plus_the_divergence_of_the_sums():
+    model, (x, y) = network(boosted=True), batch()
+    outcome = Distillation(model, still(model), distill_weight=0.35, temperature=2.5).loss(x, y, share=0.5)
+    predictions = model(x)
+    ce = cross_entropies(predictions, y).mean(dim=1).sum()
+    kl = sum(divergence(p, predictions[-1], 2.5) for p in predictions)
+    torch.testing.assert_close(outcome.total, 0.5 * (ce + 0.35 * kl))
+
+
+def test_weighting_with_epsilon_zero_is_a_plain_step_on_each_half():
+    for boosted in (False, True):
+        (x, y), results = batch(7), []
+        for weighted in (True, False):
+            model = network(boosted)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            if weighted:
+                l2w.SampleWeighting(model, optimizer, epsilon=0.0).step(x, y)
+            else:
+                for half in (slice(None, 3), slice(3, None)):
+                    Method(model, optimizer).step(x[half], y[half])
+            results.append(model.state_dict())
+        assert not list(differences(*results)), boosted
+
+
+def test_a_meta_step_changes_the_weight_network_and_nothing_else():
+    model, (x, y) = network(boosted=True), batch()
+    method = l2w.SampleWeighting(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    before = copy.deepcopy((model.state_dict(), method.weight_net.state_dict()))
+    method.meta_step(x[:3], y[:3], x[3:], y[3:])
+    assert not list(differences(model.state_dict(), before[0]))
+    assert list(differences(method.weight_net.state_dict(), before[1]))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_samples_leave_in_the_order_of_confidence_and_each_only_once():
+    confidence = torch.tensor([[0.9, 0.8, 0.7, 0.6], [0.1, 0.2, 0.4, 0.3], [0.5, 0.5, 0.5, 0.6]])
+    leavers = l2w.leaving(confidence, [0.3, 0.26, 0.44])   # a quota of 1, 1 and the rest
+    assert [index.tolist() for index in leavers] == [[0], [2], [3, 1]]
+
+
+@pytest.mark.parametrize("ranet", [False, True])
+@pytest.mark.parametrize("more", [{"overlap": 1}, {"overlap": 2}, {"overlap": 2, "include_final": True}, {"groups": "1, rest"},
+                                  {"groups": "all"}])
+def test_one_routed_backward_pass_equals_a_pass_for_every_exit_with_features_cut_off(ranet, more):
+    """Also for RANet, whose blocks hand lists of features to each other."""
+    model, (x, y) = network(boosted=False, ranet=ranet), batch()
+    n_exits = model.n_exits
+    if "groups" in more:
+        more = {"groups": [1, n_exits - 1] if more["groups"] == "1, rest" else [n_exits]}
+    reference = copy.deepcopy(model)
+    method = BlockLosses(model, still(model), distill_weight=0.0, temperature=1.0, **more)
+    method.step(x, y)
+    for n, first in enumerate(method.first_blocks):
+        state = reference.backbone.start(x)
+        for i in range(n + 1):
+            if i == first:
+                state = _detached(state)
+            logits, state = reference.backbone.step(i, state)
+        torch.nn.functional.cross_entropy(logits, y).backward()
+    for (name, got), want in zip(gradients(method).items(), (p.grad for p in reference.parameters()), strict=True):
+        assert (got is None) == (want is None), name
+        if got is not None:
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def _detached(state):
+    if isinstance(state, torch.Tensor):
+        return state.detach()
+    return {k: _detached(v) for k, v in state.items()} if isinstance(state, dict) else [_detached(v) for v in state]
+
+
+def test_groups_that_do_not_fit_are_refused():
+    model = network(boosted=False)
+    for wrong in ({"groups": [1, 1]}, {"overlap": 0}, {}):
+        with pytest.raises(ValueError):
+            BlockLosses(model, still(model), distill_weight=0.0, temperature=1.0, **wrong)
+
+
+# Collaborating exits.
+
+@pytest.mark.parametrize("ranet", [False, True])
+@pytest.mark.parametrize("form", FORMS[:2])
+def test_collaborating_exits_run_in_every_form_and_leave_early(ranet, form):
+    model = network(boosted=False, ranet=ranet).float()
+    model = BoostedNet(CollaborativeNet(model.backbone), [0.0] * model.n_exits).eval()
+    for classifier in model.backbone.classifier:   # answers of an untrained network hardly differ
+        torch.nn.init.normal_(classifier.weight)
+    x = 3 * batch(24)[0].float()
+    with torch.no_grad():
+        logits = torch.stack(model(x))
+        ready = prepare_for_inference(model, form)
+        torch.testing.assert_close(torch.stack(ready(x)), logits, rtol=1e-4, atol=1e-4)
+    confidence = logits.softmax(dim=2).amax(dim=2)
+    thresholds = confidence.sort(dim=1).values[:, 11:13].mean(dim=1)   # between two of them
+    for network_of_the_form in (model, ready):
+        result = EarlyExit(network_of_the_form, thresholds, sizes_per_doubling=None)(x)
+        stays = confidence < thresholds[:, None]
+        want = (~stays[:-1]).float().argmax(dim=0).where((~stays[:-1]).any(dim=0), torch.tensor(model.n_exits - 1))
+        assert torch.equal(result.exit, want) and len(set(want.tolist())) > 1
+        assert torch.equal(result.prediction, logits.argmax(dim=2)[want, torch.arange(24)])
+        torch.testing.assert_close(result.confidence, confidence[want, torch.arange(24)], rtol=1e-4, atol=1e-5)
+
+
+def test_the_frozen_network_stays_as_trained_statistics_included(finished):
+    before = checkpoint.load(finished("joint") / "model_best.pth")["state_dict"]
+    after = checkpoint.load(finished("imta") / "model_latest.pth")["state_dict"]
+    assert not list(differences(before, {name.removeprefix("net."): t for name, t in after.items() if name.startswith("net.")}))
+    assert {name.split(".")[0] for name in after} == {"net", "classifier", "isc_modules"}
+
+
+def test_the_loss_of_collaborating_exits_by_hand():
+    model, (x, y) = network(boosted=False, n_blocks=2), batch()
+    model = BoostedNet(CollaborativeNet(model.backbone).double(), [0.0, 0.0]).train()
+    outcome = imta.Collaboration(model, still(model), gamma=0.25, temperature=2.0).loss(x, y)
+    (first, last), teacher = model.backbone.with_teacher(x)
+    ce = [torch.nn.functional.cross_entropy(p, y) for p in (first, last)]
+    log_teacher = (teacher / 2).log_softmax(dim=1)
+    kl = (log_teacher.exp() * (log_teacher - (first / 2).log_softmax(dim=1))).sum(dim=1).mean()
+    torch.testing.assert_close(outcome.total, ce[1] + 0.75 * ce[0] + 0.25 * 4 * kl)
+
+
+# Mistakes that only show with the files at hand.
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ("--method imta --checkpoint {boost}/model_best.pth", "boosted exits"),
+    ("--method imta --checkpoint {joint}/model_best.pth --seed 1", "another hold-out split"),
+    ("--method imta --resume", "nothing to resume"),
+    ("--method boost_distill --teacher {joint}/model_best.pth --valid_size 9", "another hold-out split"),
+    ("--method boost_distill --teacher {joint}/results.json", "is refused"),
+    ("--method boost_distill --teacher {joint}/none.pth", "no such checkpoint"),
+    ("--method l2w --nBlocks 3 --checkpoint {joint}/model_best.pth", "does not fit"),
+])
+def test_files_that_do_not_fit_are_refused_with_one_line(images, finished, tmp_path, capsys, flags, message):
+    line = command(images, tmp_path / "run", *flags.format(joint=finished("joint"), boost=finished("boost")).split())
+    capsys.readouterr()
+    assert message in one_line_error(capsys, lambda: train_cifar100.main(line))
+
+
+def test_a_teacher_of_other_classes_is_refused(images, finished, tmp_path, capsys):
+    line = command(make_images(tmp_path / "two", classes=2), tmp_path / "run", "--method", "boost_distill",
+                   "--teacher", str(finished("joint") / "model_best.pth"))
+    finished("joint")
+    capsys.readouterr()
+    assert "other classes" in one_line_error(capsys, lambda: train_cifar100.main(line))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_for_one_process_says_so_to_several(images, finished, tmp_path, capsys, monkeypatch, method):
+    monkeypatch.setattr("utils.methods.world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "same_everywhere", lambda *_: False)   # ends the others a line later
+    more = {"block_losses": ["--overlap", "1"], "imta": ["--checkpoint", "x.pth"]}.get(method, [])
+    message = one_line_error(capsys, lambda: train_cifar100.main(command(images, tmp_path, "--method", method, *more)))
+    assert ("trains in one process only" in message) == (method in ("l2w", "boost_l2w", "block_losses", "imta"))

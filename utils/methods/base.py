@@ -1,0 +1,115 @@
+"""What a training method is, and the two methods that are nothing but a sum over the exits."""
+from __future__ import annotations
+
+import argparse
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models import BoostedNet
+from utils import checkpoint
+from utils.methods.bad_steps import BadSteps
+from utils.methods.losses import ExitLosses, cross_entropies
+
+
+class Outcome(NamedTuple):
+    """Loss of one forward pass and what the figures of an epoch are made of.
+
+    Attributes:
+        total: scalar to call backward on.
+        predictions: n_exits x (B, num_classes).
+        labels: (B,).
+        per_sample: (n_exits, B) cross entropies, without gradient.
+    """
+
+    total: Tensor
+    predictions: list[Tensor]
+    labels: Tensor
+    per_sample: Tensor
+
+
+class Method:
+    """Turns (model, batch) into a step of the optimiser. This one: the sum over the exits of their mean cross entropies.
+
+    With a boosted head that is BoostNet (arXiv:2211.16726, eq. 6), with every temperature 0 the joint baseline. Another method
+    overrides `loss`, or `step` where a batch is more than one pass; README, "How to add a method".
+
+    Args:
+        model: the network in training.
+        optimizer: over its parameters.
+        network: what to call for predictions where that is a wrapper around the model (DistributedDataParallel).
+        skip_bad: leave out steps whose loss or gradient is not finite.
+        equalise: see `ExitLosses`.
+    """
+
+    several_processes = True   # gradients pass through one call of `network`, which averages them over the processes
+
+    def __init__(self, model: BoostedNet, optimizer: torch.optim.Optimizer, *, network: nn.Module | None = None,
+                 skip_bad: bool = False, equalise: bool = False) -> None:
+        self.model, self.optimizer, self.network = model, optimizer, network or model
+        self.objective = ExitLosses(equalise)
+        self.bad_steps = BadSteps(model, self.objective) if skip_bad else None
+
+    @classmethod
+    def options(cls, args: argparse.Namespace) -> dict[str, Any]:
+        """Keywords of the constructor that come from the method's own flags."""
+        return {"equalise": args.loss_equal}
+
+    @staticmethod
+    def adapt(backbone: nn.Module) -> nn.Module:
+        """The network that is trained, made of the backbone of the flags."""
+        return backbone
+
+    @staticmethod
+    def load_start(model: BoostedNet, saved: dict[str, Any], source: str) -> None:
+        """Begin with the weights of a checkpoint (from `checkpoint.load`).
+
+        Raises:
+            UserError: when they do not fit.
+        """
+        checkpoint.load_weights(model.backbone, saved["state_dict"], source)
+
+    def step(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome | None:
+        """Train on one batch, images (B, 3, H, W) and labels (B,); None when it was left out.
+
+        `share`: see `ExitLosses`.
+        """
+        return self.update(images, labels, share)
+
+    def update(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome | None:
+        """One forward pass, one backward pass, one step of the optimiser; None where the step was bad and left out."""
+        if self.bad_steps:
+            self.bad_steps.before_forward()
+        outcome = self.loss(images, labels, share)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.backward(outcome.total)
+        if self.bad_steps and self.bad_steps.found(outcome.per_sample):
+            self.bad_steps.undo()
+            return None
+        self.optimizer.step()
+        return outcome
+
+    def loss(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome:
+        """Forward pass and loss."""
+        predictions = self.predict(images)
+        per_sample = cross_entropies(predictions, labels)
+        return Outcome(self.objective(per_sample, share), predictions, labels, per_sample.detach())
+
+    def predict(self, images: Tensor) -> list[Tensor]:
+        """Predictions of all exits in training, n_exits x (B, num_classes)."""
+        return self.network(images)
+
+    def backward(self, total: Tensor) -> None:
+        """Put the gradients of the loss into the parameters."""
+        total.backward()
+
+    def end_epoch(self) -> None:
+        """Called after every epoch, with the learning-rate schedule."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides model and optimiser: tensors and plain types."""
+        return self.objective.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.objective.load_state_dict(state, next(self.model.parameters()).device)
