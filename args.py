@@ -161,6 +161,9 @@ RULES: tuple[Rule, ...] = (
     Rule(("resume", "start_epoch"),
          lambda a: not (a.resume and "start_epoch" in a.explicit),
          lambda a: "takes the epoch from the checkpoint; leave out --start-epoch"),
+    Rule(("cuda_graphs", "device"),
+         lambda a: not (a.cuda_graphs and a.device == "cpu"),
+         lambda a: "needs a CUDA device, got --device cpu"),
     # Evaluation.
     *(Rule((name, "evaluate_from"),
            lambda a, n=name: not (getattr(a, n) and a.evaluate_from),

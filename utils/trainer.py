@@ -21,6 +21,7 @@ from utils.restore import describe
 from utils.rng import make_deterministic, rng_state, seed_all, set_rng_state
 from utils.run import Run, plain, start_run
 from utils.signals import StopSignals
+from utils.training_forward import training_forward
 
 
 def prepare(args: argparse.Namespace, data, device: torch.device, saved: dict[str, Any] | None = None) -> Trainer:
@@ -42,6 +43,8 @@ def prepare(args: argparse.Namespace, data, device: torch.device, saved: dict[st
     model = build_model(args).to(device)
     if args.checkpoint:
         checkpoint.load_weights(model.backbone, checkpoint.load(args.checkpoint)["state_dict"], args.checkpoint)
+    forward = training_forward(model, batch_size=args.batch_size, amp=args.amp, channels_last=args.channels_last,
+                               compiled=args.compile, cuda_graphs=args.cuda_graphs)
     optimizer = build_optimizer(model.backbone, name=args.optimizer, lr=args.lr_f, momentum=args.momentum,
                                 weight_decay=args.weight_decay)
     scheduler = build_scheduler(optimizer, kind=args.lr_type, milestones=args.lr_milestones, decay_rate=args.decay_rate,
@@ -50,7 +53,7 @@ def prepare(args: argparse.Namespace, data, device: torch.device, saved: dict[st
                     device=device)
     trainer = Trainer(model, data, run, optimizer=optimizer, scheduler=scheduler, objective=ExitLosses(args.loss_equal),
                       description=describe(args, model, data), epochs=args.epochs, start_epoch=args.start_epoch,
-                      print_freq=args.print_freq, skip_bad=args.on_nan == "skip", wrapped=distributed.wrap(model, device))
+                      print_freq=args.print_freq, skip_bad=args.on_nan == "skip", wrapped=distributed.wrap(forward, device))
     if saved:
         trainer.resume(saved)
     elif args.resume:
@@ -69,7 +72,7 @@ class Trainer:
         epochs, start_epoch: train epochs start_epoch ... epochs - 1.
         print_freq: steps between looks at the loss; nothing else in an epoch waits for the device.
         skip_bad: leave out steps whose loss or gradient is not finite, instead of stopping.
-        wrapped: what to call for the training forward pass (DistributedDataParallel); the model itself by default.
+        wrapped: what to call for the training forward pass (DistributedDataParallel, `training_forward`); by default the model.
     """
 
     def __init__(self, model: BoostedNet, data, run: Run, *, optimizer: torch.optim.Optimizer,

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,3 +63,25 @@ def time_calls(function: Callable[[], Any], repeats: int, device: torch.device) 
         finish()
         seconds.append(time.perf_counter() - start)
     return tuple(seconds)
+
+
+def peak_memory(function: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes by which one call exceeds what is in use before it: of the GPU, on Linux else of this process, None elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)   # what earlier calls left in the allocator's hands would hide a part
+        Path("/proc/self/clear_refs").write_text("5")   # resets the peak, see proc(5)
+    except (OSError, AttributeError):
+        return None
+    before = _resident("VmRSS")
+    function()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
