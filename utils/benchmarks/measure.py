@@ -47,7 +47,22 @@ def count(text: str) -> int:
     return value
 
 
-def time_calls(function: Callable[[], Any], repeats: int, device: torch.device) -> tuple[float, ...]:
+Clock = Callable[[], float]
+
+
+def training_clock(device: torch.device) -> tuple[Clock, str]:
+    """What to time training steps with, and its name.
+
+    With one CPU thread that is the processor's time of this process, which on an idle machine equals wall time and leaves out
+    what other work on a busy one takes away; otherwise wall time.
+    """
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time, "CPU time"
+    return time.perf_counter, "wall time"
+
+
+def time_calls(function: Callable[[], Any], repeats: int, device: torch.device,
+               clock: Clock = time.perf_counter) -> tuple[float, ...]:
     """Seconds of each of `repeats` calls, after one call that is not timed; on a GPU, until its work is done."""
 
     def finish() -> None:
@@ -58,10 +73,10 @@ def time_calls(function: Callable[[], Any], repeats: int, device: torch.device) 
     seconds = []
     for _ in range(repeats):
         finish()
-        start = time.perf_counter()
+        start = clock()
         function()
         finish()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return tuple(seconds)
 
 

@@ -12,7 +12,7 @@ from adaptive_inference import budget_curve
 from models import BoostedNet, MSDNet
 from op_counter import measure_model
 from utils.augment import CIFAR_STATISTICS
-from utils.benchmarks.measure import Measurement, count, peak_memory, time_calls
+from utils.benchmarks.measure import Measurement, count, peak_memory, time_calls, training_clock
 from utils.benchmarks.sweep import synthetic_scores
 from utils.cli import list_of
 from utils.device_images import DeviceImages
@@ -45,12 +45,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--batch-sizes", type=numbers, default="8,16,32,64,128", metavar="N[,N]")
     parser.add_argument("--exits", type=numbers, default="2,4,6,8,10", metavar="N[,N]", help="of an MSDNet, batches of 16")
     parser.add_argument("--large-batch", type=count, default=4, help="images of 224 pixels per step (default: %(default)s)")
-    parser.add_argument("--samples", type=numbers, default="500,1000,2000,4000", metavar="N[,N]", help="evaluated")
+    parser.add_argument("--samples", type=numbers, default="250,500,1000,2000", metavar="N[,N]", help="evaluated")
 
 
 def run(args: Namespace, device: torch.device) -> list[Measurement]:
-    return [Measurement(f"{work.series}, {work.setting}", time_calls(work.call, args.repeats, device),
-                        config={"series": work.series, "setting": work.setting},
+    clock, clock_name = training_clock(device)
+    return [Measurement(f"{work.series}, {work.setting}", time_calls(work.call, args.repeats, device, clock),
+                        config={"series": work.series, "setting": work.setting, "clock": clock_name},
                         details={"units": work.units, "unit of work": work.unit, "peak_bytes": peak_memory(work.call, device)})
             for series in (_batch_sizes, _exits, _image_sizes, _samples) for work in series(args, device)]
 
@@ -144,5 +145,6 @@ def report(lines: Sequence[dict[str, Any]], where: str) -> str:
         rows.append([series if line is start else "", line["config"]["setting"], f"{1e3 * line['median']:.1f}", memory[0],
                      line["unit of work"], f"{time_each / start_each:.2f}", memory[1]])
     return format_table(["", "", "ms", "peak MiB", "unit", "time per unit", "memory per unit"], rows,
-                        title=f"Cost as work grows: a training step, or an evaluation; medians of {lines[0]['n']}; {where}\n"
+                        title=f"Cost as work grows: a training step, or an evaluation; {lines[0]['config']['clock']}, medians of "
+                              f"{lines[0]['n']}; {where}\n"
                               "per unit: relative to the first row of the series; 1.00 throughout would be linear")

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from models import BoostedNet
 from utils.augment import CIFAR_STATISTICS
 from utils.benchmarks.early_exit import NETWORKS
-from utils.benchmarks.measure import Measurement, count, peak_memory
+from utils.benchmarks.measure import Clock, Measurement, count, peak_memory, training_clock
 from utils.cli import list_of
 from utils.device_images import DeviceImages
 from utils.engine import EpochFigures, train_epoch
@@ -68,6 +67,7 @@ class PlainLoop:
     def __init__(self, model: BoostedNet, images: np.ndarray, labels: np.ndarray, args: Namespace, device: torch.device) -> None:
         from torch.utils.data import DataLoader, RandomSampler
         self.model, self.device = model, device
+        self.clock: Clock = training_clock(device)[0]
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
         data = TransformedImages(images, labels)
         sampler = RandomSampler(data, replacement=True, num_samples=10**9)   # one pass that does not end
@@ -89,13 +89,13 @@ class PlainLoop:
     def _timed(self, steps: int, work: Callable[[Tensor, Tensor], None]) -> tuple[float, float]:
         waiting, working = [], []
         for _ in range(steps):
-            start = time.perf_counter()
+            start = self.clock()
             images, labels = (part.to(self.device) for part in next(self.batches))
             _finish(self.device)
-            arrived = time.perf_counter()
+            arrived = self.clock()
             work(images, labels)
             waiting.append(arrived - start)
-            working.append(time.perf_counter() - arrived)
+            working.append(self.clock() - arrived)
         # Those that were ready would make the workers look faster than they are.
         waiting = waiting[self.ready:] or waiting
         return sum(working) / steps, sum(waiting) / len(waiting)
@@ -142,6 +142,7 @@ class OurLoop:
         self.forward = training_forward(model, batch_size=batch_size, **fast)
         self.optimizer = build_optimizer(model.backbone, name="sgd", lr=0.1, momentum=0.9, weight_decay=[1e-4])
         self.images, self.batch_size = images, batch_size
+        self.clock: Clock = training_clock(images.device)[0]
 
     def batches(self, steps: int) -> Iterator[tuple[Tensor, Tensor, float]]:
         samples = torch.arange(steps * self.batch_size) % len(self.images.labels)
@@ -151,14 +152,14 @@ class OurLoop:
     def train(self, steps: int) -> tuple[float, float]:
         """Seconds of a step and of the input of one."""
         device = self.images.device
-        start = time.perf_counter()
+        start = self.clock()
         batches = list(self.batches(steps))
         _finish(device)
-        made = time.perf_counter()
+        made = self.clock()
         figures = EpochFigures(self.model.n_exits, device)
         train_epoch(self.forward, ExitLosses(), batches, self.optimizer, figures, after_step=lambda step: False)
         _finish(device)
-        return (time.perf_counter() - made) / steps, (made - start) / steps
+        return (self.clock() - made) / steps, (made - start) / steps
 
 
 def _finish(device: torch.device) -> None:
@@ -181,16 +182,17 @@ def run(args: Namespace, device: torch.device) -> list[Measurement]:
 
     first = {}
     for name, loop in variants.items():
-        start = time.perf_counter()
+        start = loop.clock()
         loop.train(1)
-        first[name] = time.perf_counter() - start
+        first[name] = loop.clock() - start
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     judged = []
     for _ in range(args.repeats):
         for name, loop in variants.items():
             taken[name].append(loop.train(steps))
         judged.append(sum(variants[RELEASED].judge(steps)))
-    config = {"network": args.network, "batch size": args.batch_size, "workers": args.workers, "steps": steps}
+    config = {"network": args.network, "batch size": args.batch_size, "workers": args.workers, "steps": steps,
+              "clock": training_clock(device)[1]}
     n_batches = -(-EPOCH_IMAGES // args.batch_size)
     results = []
     for name, loop in variants.items():
@@ -232,10 +234,12 @@ def report(lines: Sequence[dict[str, Any]], where: str) -> str:
               f"{300 * line['epoch_s'] / 3600:.1f}", "" if line["peak_bytes"] is None else f"{line['peak_bytes'] / 2**20:.0f}",
               f"{line['first_s']:.0f}"] for line in lines]
     shares = [[line["name"], *(f"{100 * share:.0f}" for share in line["time_shares"].values())] for line in lines]
+    title = (f"{config['network']}, batches of {config['batch size']}, {config['workers']} workers, {config['clock']}, median of "
+             f"{released['n']} x {config['steps']} steps; {where}\n"
+             f"epoch: estimated from the times of a batch, for {EPOCH_IMAGES:,} images, without validation; "
+             f"x: speed-up over the {RELEASED}")
+    columns = ["", "step ms", "input ms", "images/s", "step", "2nd pass s", "epoch s", "epoch", "300 epochs h", "peak MiB",
+               "first step s"]
     return "\n\n".join((
-        format_table(["", "step ms", "input ms", "images/s", "step", "2nd pass s", "epoch s", "epoch", "300 epochs h", "peak MiB",
-                      "first step s"], times,
-                     title=f"{config['network']}, batches of {config['batch size']}, {config['workers']} workers, medians of "
-                           f"{released['n']} x {config['steps']} steps; {where}\nepoch: estimated from the times of a batch, for "
-                           f"{EPOCH_IMAGES:,} images, without validation; x: speed-up over the {RELEASED}"),
+        format_table(columns, times, title=title),
         format_table(["", *(f"{kind} %" for kind in released["time_shares"])], shares, title="where the time of a step goes")))
