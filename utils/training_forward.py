@@ -117,6 +117,7 @@ class GraphedPass:
         self.forward_graph, self.outputs = _capture(self._forward)
         self.output_gradients = [torch.empty_like(output) for output in self.outputs]
         self.backward_graph, self.gradients = _capture(self._backward, self.forward_graph.pool())
+        del self._live   # its nodes belong to the capture's stream, and autograd would wait for that in every later step
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         return list(_Replay.apply(self, images, *self.parameters))
