@@ -195,6 +195,14 @@ RULES: tuple[Rule, ...] = (
     Rule(("resume", "start_epoch"),
          lambda a: not (a.resume and "start_epoch" in a.explicit),
          lambda a: "takes the epoch from the checkpoint; leave out --start-epoch"),
+    *(Rule((name, "method"),
+           lambda a, n=name: n not in a.explicit or METHODS[a.method].one_call,
+           lambda a: "is for " + ", ".join(method for method, facts in METHODS.items() if facts.one_call)
+                     + f"; --method {a.method} goes through the network in its own way")
+      for name in ("amp", "channels_last", "compile", "cuda_graphs")),
+    Rule(("cuda_graphs", "device"),
+         lambda a: not (a.cuda_graphs and a.device == "cpu"),
+         lambda a: "needs a CUDA device, got --device cpu"),
     # Evaluation.
     *(Rule((name, "evaluate_from"),
            lambda a, n=name: not (getattr(a, n) and a.evaluate_from),

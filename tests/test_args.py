@@ -25,16 +25,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # People's scripts depend on these spellings: add to the list, take nothing away.
 FLAGS = """
---arch --base --batch-size --block-step --bnAfter --bnFactor --bottleneck --budget --checkpoint --compress-factor
---constraint_dimension --cost --data-root --dataset --decay-rate --decoder --deterministic --device --dist_backend
---distill_T --distill_weight --distributed --ensemble --ensemble_reweight --epochs --epsilon --evalmode
---evaluate-from --flat_curve --gpu --grFactor --groups --growthRate --help --image_size --images --include_final
---learning-rate --local-rank --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones --meta_interval --meta_lr
---meta_net_hidden_size --meta_net_input_type --meta_net_num_layers --meta_weight_decay --method --momentum --nBlocks
---nChannels --on_nan --optimizer --overlap --policy --print-freq --prune --reduction --result_dir --resume
---save_suffix --scale-list --seed --skip_unreadable --start-epoch --step --stepmode --sweep --target_p_index --teacher
---tensorboard_dir --threads --trainable_ensemble --use-valid --val_workers --valid_size --wd --weight-decay --workers
--h -p
+--amp --arch --base --batch-size --block-step --bnAfter --bnFactor --bottleneck --budget --channels_last --checkpoint
+--compile --compress-factor --constraint_dimension --cost --cuda_graphs --data-root --dataset --decay-rate --decoder
+--deterministic --device --dist_backend --distill_T --distill_weight --distributed --ensemble --ensemble_reweight
+--epochs --epsilon --evalmode --evaluate-from --flat_curve --gpu --grFactor --groups --growthRate --help --image_size
+--images --include_final --learning-rate --local-rank --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones
+--meta_interval --meta_lr --meta_net_hidden_size --meta_net_input_type --meta_net_num_layers --meta_weight_decay
+--method --momentum --nBlocks --nChannels --on_nan --optimizer --overlap --policy --print-freq --prune --reduction
+--result_dir --resume --save_suffix --scale-list --seed --skip_unreadable --start-epoch --step --stepmode --sweep
+--target_p_index --teacher --tensorboard_dir --threads --trainable_ensemble --use-valid --val_workers --valid_size
+--wd --weight-decay --workers -h -p
 """
 
 DEFAULTS = dict(
@@ -50,6 +50,7 @@ DEFAULTS = dict(
     constraint_dimension="mat", epsilon=0.3, target_p_index=15, meta_interval=1, meta_lr=1e-4, meta_weight_decay=1e-4,
     epochs=300, start_epoch=0, batch_size=64, optimizer="sgd", lr_f=0.1,
     lr_type="multistep", lr_milestones=[100, 200], decay_rate=0.1, momentum=0.9, weight_decay=[1e-4],
+    amp="off", channels_last=False, compile=False, cuda_graphs=False,
     evaluate_from=None, evalmode="anytime", ensemble=None, policy="confidence", budget=None, cost="macs", images=None, sweep=None,
     flat_curve=False, save_suffix="",
     distributed=False, dist_backend=None, local_rank=0,
@@ -173,6 +174,13 @@ MISTAKES = [
     ("--arch ranet --weight-decay 1e-4,2e-4", "--weight-decay"),
     ("--resume --checkpoint a.pth", "--resume"),
     ("--resume --start-epoch 0", "--resume"),
+    ("--amp fp16", "--amp"),
+    ("--amp", "--amp"),
+    ("--cuda_graphs --device cpu", "--cuda_graphs"),
+    ("--method l2w --amp bf16", "--amp"),
+    ("--method block_losses --overlap 3 --channels_last", "--channels_last"),
+    ("--method boost_l2w --compile", "--compile"),
+    ("--method imta --checkpoint a.pth --cuda_graphs", "--cuda_graphs"),
     # Evaluation.
     ("--evaluate-from a.pth --checkpoint b.pth", "--checkpoint"),
     ("--evaluate-from a.pth --resume", "--resume"),

@@ -1,11 +1,15 @@
 """The frame of the benchmarks, on sizes that take no time."""
 import json
+import sys
 
+import numpy as np
 import pytest
 import torch
 
+from models import BoostedNet, MSDNet
 from utils import benchmark
-from utils.benchmarks.measure import Measurement, time_calls
+from utils.benchmarks import training
+from utils.benchmarks.measure import Measurement, peak_memory, time_calls
 
 QUICK = ["sweep", "--samples", "50", "--exits", "3", "--repeats", "3"]
 
@@ -65,3 +69,71 @@ def test_lines_that_are_no_results_are_refused_before_anything_is_measured(line,
         benchmark.main([*QUICK, "--compare", str(file)])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and f"{file} is not a file of --json results" in error
+
+
+@pytest.fixture
+def tiny_network(monkeypatch):
+    monkeypatch.setitem(training.NETWORKS, "msdnet10", lambda: MSDNet(n_blocks=2, n_channels=4, base=1, step=1))
+
+
+def test_training_is_timed_in_the_released_manner_by_default_and_fast(tiny_network, tmp_path, capsys):
+    file = tmp_path / "speed.jsonl"
+    line = f"train --device cpu --batch-size 4 --steps 2 --repeats 2 --workers 1 --fast channels_last,bf16 --json {file}"
+    assert benchmark.main(line.split()) == 0
+    lines = {line["name"]: line for line in map(json.loads, file.read_text().splitlines())}
+    assert list(lines) == ["released manner", "default", "channels_last", "bf16"]
+    for name, line in lines.items():
+        steps_and_input = 12_500 * line["median"]   # batches of 4 of 50,000 images
+        assert line["epoch_s"] > 0.5 * (steps_and_input + line["second_pass_s"])
+        assert (line["second_pass_s"] > 0) == (name == "released manner")
+        assert sum(line["time_shares"].values()) == pytest.approx(1) and line["time_shares"]["convolution"] > 0
+    assert "x1.00" in capsys.readouterr().out
+
+
+def test_the_released_manner_looks_at_every_image_alone_and_at_every_exit(tiny_network):
+    args = benchmark.build_parser().parse_args("train --batch-size 4 --workers 1".split())
+    torch.manual_seed(0)
+    backbone = training.NETWORKS["msdnet10"]()
+    images = np.full((8, 32, 32, 3), 255, np.uint8)
+    loop = training.PlainLoop(BoostedNet(backbone, [0.5, 0.5]), images, np.arange(8), args, torch.device("cpu"))
+    batch, labels = next(loop.batches)
+    assert batch.shape == (4, 3, 32, 32) and labels.shape == (4,)
+    black = ((batch - batch.amin(dim=(0, 2, 3), keepdim=True)) < 1e-6).flatten(1).any(dim=1)
+    assert len({tuple(image.flatten().tolist()) for image in batch}) > 1 and black.any()   # shifted, each its own way
+    before = [p.clone() for p in backbone.parameters()]
+    loop.judge(1)
+    assert all(map(torch.equal, before, backbone.parameters()))
+    loop.train(1)
+    assert not all(map(torch.equal, before, backbone.parameters()))
+
+
+def test_growing_work_is_compared_per_unit(tmp_path, capsys):
+    file = tmp_path / "speed.jsonl"
+    line = f"scaling --device cpu --repeats 1 --batch-sizes 1,2 --exits 1,2 --large-batch 1 --samples 4,8 --json {file}"
+    assert benchmark.main(line.split()) == 0
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    series = [line["config"]["series"] for line in lines]
+    assert series == [name for name in ("batch size", "exits", "image size", "predict", "thresholds of 40 budgets") for _ in "12"]
+    sizes = [line["units"] for line in lines]
+    assert sizes[:2] == [1, 2] and sizes[6:8] == [4, 8] and sizes[3] > sizes[2]
+    assert capsys.readouterr().out.count("1.00") >= 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is measured on Linux")
+def test_peak_memory_is_what_a_call_needs_beside_what_is_there():
+    there = torch.ones(2**24)   # 64 MiB
+    found = peak_memory(lambda: torch.ones(2**23).sum(), torch.device("cpu"))
+    assert 30 * 2**20 < found < 60 * 2**20, found
+    assert there.sum() == 2**24
+
+
+@pytest.mark.parametrize("flags", ["--fast channels_first", "--fast channels_last+", "--batch-size 0", "--network vgg"])
+def test_mistakes_in_the_flags_of_the_training_benchmark_end_with_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["train", *flags.split()])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_fast_paths_are_named_as_on_the_command_line():
+    for text in ("channels_last", "bf16+channels_last+compile+cuda_graphs"):
+        assert training._name(training.options(text)) == text

@@ -193,7 +193,8 @@ def finished(images, tmp_path_factory) -> Path:
 
 CHANGES = ["--nBlocks 3", "--nChannels 8", "--arch msdnet", "--method joint", "--ensemble_reweight 0.2", "--trainable_ensemble",
            "--seed 1", "--valid_size 9", "--batch-size 16", "--optimizer adam", "--lr_f 0.2", "--lr-type cosine",
-           "--lr_milestones 2", "--decay-rate 0.5", "--momentum 0.8", "--weight-decay 0", "--loss_equal", "--dataset glyphs"]
+           "--lr_milestones 2", "--decay-rate 0.5", "--momentum 0.8", "--weight-decay 0", "--loss_equal", "--dataset glyphs",
+           "--amp bf16", "--channels_last", "--compile"]
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -4,6 +4,8 @@
     python -m utils.benchmark sweep --json speed.jsonl    # also append one JSON line per measurement
     python -m utils.benchmark sweep --compare speed.jsonl # exit code 1 when something became slower
     python -m utils.benchmark early_exit --network ranet8 # early exit against running the whole network
+    python -m utils.benchmark train --network ranet8      # released manner, default and fast path of training
+    python -m utils.benchmark scaling                     # cost against batch size, exits, image size and samples
 """
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.benchmarks import early_exit, input_pipeline, sweep
+from utils.benchmarks import early_exit, input_pipeline, scaling, sweep, training
 from utils.benchmarks.measure import count
 from utils.cli import OneLineParser, is_path, number
 from utils.errors import UserError, user_errors
@@ -23,7 +25,7 @@ from utils.tables import format_table
 
 # Every benchmark is a module with add_arguments(parser) and run(args, device) -> list of measurements, and may have a
 # report(lines, where) of its own.
-BENCHMARKS = {"early_exit": early_exit, "input": input_pipeline, "sweep": sweep}
+BENCHMARKS = {"early_exit": early_exit, "input": input_pipeline, "scaling": scaling, "sweep": sweep, "train": training}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -45,6 +45,7 @@ def build_parser(datasets: Sequence[str] = tuple(DATASETS)) -> OneLineParser:
     _network_flags(parser)
     _method_flags(parser)
     _training_flags(parser)
+    _speed_flags(parser)
     _evaluation_flags(parser)
     _distributed_flags(parser)
     return parser
@@ -198,6 +199,16 @@ def _training_flags(parser: argparse.ArgumentParser) -> None:
     add("--momentum", type=number, default=0.9, metavar="X", help="of sgd and rmsprop (default: %(default)s)")
     add("--weight-decay", "--wd", type=list_of(number, ",", "1e-4,5e-4"), default="1e-4", metavar="X[,X]",
         help="two values: from the first to the last of MSDNet's blocks (default: %(default)s)")
+
+
+def _speed_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("speed of training", "each changes the rounding of results; see README").add_argument
+    add("--amp", choices=("off", "bf16"), default="off",
+        help="bf16: convolutions in bfloat16; weights, losses and sums over exits stay float32 (default: %(default)s)")
+    add("--channels_last", action="store_true", help="keep feature maps in the channels_last layout")
+    add("--compile", action="store_true",
+        help="through torch.compile, which takes minutes at the start of a run and needs a C++ compiler (on a GPU, Triton)")
+    add("--cuda_graphs", action="store_true", help="record a step's kernels once and replay them; one process on a GPU")
 
 
 def _evaluation_flags(parser: argparse.ArgumentParser) -> None:

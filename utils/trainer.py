@@ -20,6 +20,7 @@ from utils.restore import describe, require_same_hold_out
 from utils.rng import make_deterministic, rng_state, seed_all, set_rng_state
 from utils.run import Run, plain, start_run
 from utils.signals import StopSignals
+from utils.training_forward import training_forward
 
 
 def prepare(args: argparse.Namespace, data, device: torch.device, saved: dict[str, Any] | None = None) -> Trainer:
@@ -49,13 +50,15 @@ def prepare(args: argparse.Namespace, data, device: torch.device, saved: dict[st
         raise UserError(f"nothing to resume in {args.result_dir}; --method {args.method} begins with the trained network of "
                         "--checkpoint FILE, without --resume")
     teacher = load_teacher(args.teacher, data).to(device) if args.teacher else None
+    forward = training_forward(model, batch_size=args.batch_size, amp=args.amp, channels_last=args.channels_last,
+                               compiled=args.compile, cuda_graphs=args.cuda_graphs)
     optimizer = build_optimizer(model.backbone, name=args.optimizer, lr=args.lr_f, momentum=args.momentum,
                                 weight_decay=args.weight_decay)
     scheduler = build_scheduler(optimizer, kind=args.lr_type, milestones=args.lr_milestones, decay_rate=args.decay_rate,
                                 epochs=args.epochs)
     run = start_run(args.result_dir, tensorboard_dir=args.tensorboard_dir, config=plain(vars(args)), split=data.split,
                     device=device)
-    method = build_method(args, model, optimizer, network=distributed.wrap(model, device), teacher=teacher)
+    method = build_method(args, model, optimizer, network=distributed.wrap(forward, device), teacher=teacher)
     trainer = Trainer(method, data, run, scheduler=scheduler, description=describe(args, model, data), epochs=args.epochs,
                       start_epoch=args.start_epoch, print_freq=args.print_freq)
     if saved:

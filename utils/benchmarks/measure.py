@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,7 +47,22 @@ def count(text: str) -> int:
     return value
 
 
-def time_calls(function: Callable[[], Any], repeats: int, device: torch.device) -> tuple[float, ...]:
+Clock = Callable[[], float]
+
+
+def training_clock(device: torch.device) -> tuple[Clock, str]:
+    """What to time training steps with, and its name.
+
+    With one CPU thread that is the processor's time of this process, which on an idle machine equals wall time and leaves out
+    what other work on a busy one takes away; otherwise wall time.
+    """
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time, "CPU time"
+    return time.perf_counter, "wall time"
+
+
+def time_calls(function: Callable[[], Any], repeats: int, device: torch.device,
+               clock: Clock = time.perf_counter) -> tuple[float, ...]:
     """Seconds of each of `repeats` calls, after one call that is not timed; on a GPU, until its work is done."""
 
     def finish() -> None:
@@ -56,8 +73,30 @@ def time_calls(function: Callable[[], Any], repeats: int, device: torch.device) 
     seconds = []
     for _ in range(repeats):
         finish()
-        start = time.perf_counter()
+        start = clock()
         function()
         finish()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return tuple(seconds)
+
+
+def peak_memory(function: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes by which one call exceeds what is in use before it: of the GPU, on Linux else of this process, None elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)   # what earlier calls left in the allocator's hands would hide a part
+        Path("/proc/self/clear_refs").write_text("5")   # resets the peak, see proc(5)
+    except (OSError, AttributeError):
+        return None
+    before = _resident("VmRSS")
+    function()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
