@@ -46,6 +46,8 @@ class TrainingMethod(NamedTuple):
         defaults: of those flags whose default depends on the method.
         sgd_only: it computes the optimiser's step itself, and knows SGD's alone.
         second_stage: it builds on a trained network, which has to be given and stays as it is.
+        one_call: all gradients of a step pass through one call of the whole network, so that what is called may be a wrapper that
+            does more, such as averaging them over several processes.
     """
 
     title: str
@@ -54,6 +56,7 @@ class TrainingMethod(NamedTuple):
     defaults: dict[str, float] = {}
     sgd_only: bool = False
     second_stage: bool = False
+    one_call: bool = True
 
 
 _WEIGHTING = frozenset(("meta_net_hidden_size", "meta_net_num_layers", "meta_net_input_type", "constraint_dimension", "epsilon",
@@ -63,12 +66,13 @@ _DISTILLATION = frozenset(("distill_weight", "distill_T", "teacher"))
 METHODS = {
     "boost": TrainingMethod("BoostNet", True, frozenset(("trainable_ensemble", "loss_equal"))),
     "joint": TrainingMethod("joint training", False, frozenset(("loss_equal",))),
-    "l2w": TrainingMethod("sample weighting", False, _WEIGHTING, sgd_only=True),
+    "l2w": TrainingMethod("sample weighting", False, _WEIGHTING, sgd_only=True, one_call=False),
     "block_losses": TrainingMethod("block-dependent losses", False, _DISTILLATION | {"groups", "overlap", "include_final"},
-                                   {"distill_weight": 0.0, "distill_T": 2.5}),
+                                   {"distill_weight": 0.0, "distill_T": 2.5}, one_call=False),
     "imta": TrainingMethod("collaborating exits", False, frozenset(("distill_weight", "distill_T")),
-                           {"distill_weight": 0.9, "distill_T": 3.0}, second_stage=True),
-    "boost_l2w": TrainingMethod("BoostNet, sample weighting", True, _WEIGHTING | {"trainable_ensemble"}, sgd_only=True),
+                           {"distill_weight": 0.9, "distill_T": 3.0}, second_stage=True, one_call=False),
+    "boost_l2w": TrainingMethod("BoostNet, sample weighting", True, _WEIGHTING | {"trainable_ensemble"}, sgd_only=True,
+                                one_call=False),
     "boost_distill": TrainingMethod("BoostNet, distillation", True, _DISTILLATION | {"trainable_ensemble", "loss_equal"},
                                     {"distill_weight": 0.35, "distill_T": 2.5}),
 }

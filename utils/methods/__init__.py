@@ -46,8 +46,8 @@ def require_one_process(args: argparse.Namespace) -> None:
     Raises:
         UserError: naming the methods that can.
     """
-    if world_size() > 1 and not METHODS[args.method].several_processes:
-        able = ", ".join(name for name, method in METHODS.items() if method.several_processes)
+    if world_size() > 1 and not catalog.METHODS[args.method].one_call:
+        able = ", ".join(name for name, facts in catalog.METHODS.items() if facts.one_call)
         raise UserError(f"--method {args.method} trains in one process only, this run has {world_size()}; start it without "
                         f"torchrun, or choose one of {able}")
 

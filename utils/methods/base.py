@@ -38,12 +38,11 @@ class Method:
     Args:
         model: the network in training.
         optimizer: over its parameters.
-        network: what to call for predictions where that is a wrapper around the model (DistributedDataParallel).
+        network: what to call for predictions where that is a wrapper around the model (DistributedDataParallel); only for
+            methods that catalog.METHODS says are one call.
         skip_bad: leave out steps whose loss or gradient is not finite.
         equalise: see `ExitLosses`.
     """
-
-    several_processes = True   # gradients pass through one call of `network`, which averages them over the processes
 
     def __init__(self, model: BoostedNet, optimizer: torch.optim.Optimizer, *, network: nn.Module | None = None,
                  skip_bad: bool = False, equalise: bool = False) -> None:

@@ -39,8 +39,6 @@ class BlockLosses(Distillation):
         ValueError: when groups or overlap do not fit the network.
     """
 
-    several_processes = False   # several backward passes through parts of the network, none through a call of `network`
-
     def __init__(self, *args: Any, groups: list[int] | None = None, overlap: int | None = None, include_final: bool = False,
                  **options: Any) -> None:
         super().__init__(*args, **options)

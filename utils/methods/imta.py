@@ -30,8 +30,6 @@ class Collaboration(Method):
         temperature: T.
     """
 
-    several_processes = False   # the teacher's answer comes from inside the network, past a call of `network`
-
     def __init__(self, *args: Any, gamma: float = 0.9, temperature: float = 3.0, **options: Any) -> None:
         super().__init__(*args, **options)
         self.gamma, self.temperature = gamma, temperature

@@ -62,8 +62,6 @@ class SampleWeighting(Method):
         meta_lr, meta_weight_decay: of Adam on the weight network; the rate falls to 0 as a cosine over `epochs`.
     """
 
-    several_processes = False   # the trial step is taken with gradients of one process
-
     def __init__(self, *args: Any, hidden_size: int = 500, n_layers: int = 1, reads: str = "loss", centring: str = "mat",
                  epsilon: float = 0.3, target_p_index: int = 15, meta_interval: int = 1, meta_lr: float = 1e-4,
                  meta_weight_decay: float = 1e-4, epochs: int = 1, **options: Any) -> None:
