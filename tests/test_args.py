@@ -178,7 +178,7 @@ MISTAKES = [
     ("--amp", "--amp"),
     ("--cuda_graphs --device cpu", "--cuda_graphs"),
     ("--method l2w --amp bf16", "--amp"),
-    ("--method block_losses --overlap 3 --channels_last", "--channels_last"),
+    ("--method block_losses --nBlocks 4 --overlap 3 --channels_last", "--channels_last"),
     ("--method boost_l2w --compile", "--compile"),
     ("--method imta --checkpoint a.pth --cuda_graphs", "--cuda_graphs"),
     # Evaluation.

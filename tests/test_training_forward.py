@@ -12,7 +12,7 @@ from models import BoostedNet, MSDNet, RANet
 from utils import training_forward as fast
 from utils.engine import EpochFigures, train_epoch
 from utils.errors import STOPPED, UserError
-from utils.objective import ExitLosses
+from utils.methods import Method
 from utils.optim import build_optimizer
 from utils.training_forward import training_forward
 
@@ -47,7 +47,7 @@ def train(model: BoostedNet, forward: BoostedNet, data: list[tuple], skip_bad: b
         sums.append(figures.sums[0].clone())
         return False
 
-    train_epoch(forward, ExitLosses(), data, optimizer, figures, after_step=after_step, skip_bad=skip_bad)
+    train_epoch(Method(model, optimizer, network=forward, skip_bad=skip_bad), data, figures, after_step=after_step)
     return SimpleNamespace(losses=torch.stack(sums).diff(dim=0), skipped=figures.skipped, state=model.state_dict())
 
 

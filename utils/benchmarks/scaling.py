@@ -17,7 +17,7 @@ from utils.benchmarks.sweep import synthetic_scores
 from utils.cli import list_of
 from utils.device_images import DeviceImages
 from utils.engine import EpochFigures, predict, train_epoch
-from utils.objective import ExitLosses
+from utils.methods import Method
 from utils.optim import build_optimizer
 from utils.sampling import Plan, plan_evaluation
 from utils.tables import format_table
@@ -122,10 +122,10 @@ def _step(network: BoostedNet, batch_size: int, side: int, device: torch.device)
     """One training step on a batch of noise."""
     batch = (torch.randn(batch_size, 3, side, side, device=device), torch.arange(batch_size, device=device) % 100, 1.0)
     optimizer = build_optimizer(network.backbone, name="sgd", lr=0.01, momentum=0.9, weight_decay=[1e-4])
-    figures = EpochFigures(network.n_exits, device)
+    method, figures = Method(network, optimizer), EpochFigures(network.n_exits, device)
 
     def step() -> None:
-        train_epoch(network, ExitLosses(), [batch], optimizer, figures, after_step=lambda n: False)
+        train_epoch(method, [batch], figures, after_step=lambda n: False)
         optimizer.zero_grad()   # or the next measurement of memory would begin with the gradients there
 
     return step

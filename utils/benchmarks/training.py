@@ -20,7 +20,7 @@ from utils.benchmarks.measure import Clock, Measurement, count, peak_memory, tra
 from utils.cli import list_of
 from utils.device_images import DeviceImages
 from utils.engine import EpochFigures, train_epoch
-from utils.objective import ExitLosses
+from utils.methods import Method
 from utils.optim import build_optimizer
 from utils.sampling import plan_training
 from utils.tables import format_table
@@ -139,8 +139,8 @@ class OurLoop:
 
     def __init__(self, model: BoostedNet, images: DeviceImages, batch_size: int, fast: dict[str, Any]) -> None:
         self.model = model
-        self.forward = training_forward(model, batch_size=batch_size, **fast)
-        self.optimizer = build_optimizer(model.backbone, name="sgd", lr=0.1, momentum=0.9, weight_decay=[1e-4])
+        optimizer = build_optimizer(model.backbone, name="sgd", lr=0.1, momentum=0.9, weight_decay=[1e-4])
+        self.method = Method(model, optimizer, network=training_forward(model, batch_size=batch_size, **fast))
         self.images, self.batch_size = images, batch_size
         self.clock: Clock = training_clock(images.device)[0]
 
@@ -157,7 +157,7 @@ class OurLoop:
         _finish(device)
         made = self.clock()
         figures = EpochFigures(self.model.n_exits, device)
-        train_epoch(self.forward, ExitLosses(), batches, self.optimizer, figures, after_step=lambda step: False)
+        train_epoch(self.method, batches, figures, after_step=lambda step: False)
         _finish(device)
         return (self.clock() - made) / steps, (made - start) / steps
 
