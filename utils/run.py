@@ -95,6 +95,17 @@ def find_run(folder: str, resume: bool) -> dict[str, Any] | None:
     return None
 
 
+def finished(folder: Path, epochs: int) -> bool:
+    """Whether the run in `folder` was tested after `epochs` epochs, so that nothing is left to do; the log says so."""
+    try:
+        tested = json.loads((folder / RESULTS).read_text())["test"]["epoch"]
+    except (OSError, ValueError, KeyError, TypeError):   # whatever is wrong with it, the run will write it again
+        return False
+    if tested == epochs and distributed.is_main():
+        logging.getLogger("boostnet").info("the run in %s is finished: nothing to do", folder)
+    return tested == epochs
+
+
 def stored_split(saved: dict[str, Any] | None) -> Split | None:
     """Hold-out split of a checkpoint."""
     return Split.from_dict(saved["split"]) if saved and saved["split"] else None

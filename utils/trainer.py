@@ -19,7 +19,7 @@ from utils.objective import ExitLosses
 from utils.optim import build_optimizer, build_scheduler
 from utils.restore import describe
 from utils.rng import make_deterministic, rng_state, seed_all, set_rng_state
-from utils.run import Run, plain, start_run
+from utils.run import Run, finished, plain, start_run
 from utils.signals import StopSignals
 
 
@@ -122,7 +122,9 @@ class Trainer:
         return f"step {self.figures.steps} of epoch {self.epoch + 1}" if self.figures.steps else f"the end of epoch {self.epoch}"
 
     def test(self) -> None:
-        """Accuracy of the last epoch's network on the test set, which nothing before has looked at."""
+        """Accuracy of the last epoch's network on the test set, which nothing before has looked at; once is enough."""
+        if finished(self.run.folder, self.epoch):
+            return
         about = header({**self.content(), "epoch_kind": "last epoch"}, self.run.folder, self.model, self.data)
         self.run.results["test"] = evaluate_anytime(self.model, self.data, self.run.folder, about=about)
         self.run.save_results()
