@@ -161,6 +161,9 @@ RULES: tuple[Rule, ...] = (
     Rule(("resume", "start_epoch"),
          lambda a: not (a.resume and "start_epoch" in a.explicit),
          lambda a: "takes the epoch from the checkpoint; leave out --start-epoch"),
+    Rule(("paper_protocol", "evaluate_from", "evalmode"),
+         lambda a: not (a.paper_protocol and a.evaluate_from) or a.evalmode == "dynamic",
+         lambda a: "changes in evaluation what thresholds are fitted on, and belongs to --evalmode dynamic"),
     # Evaluation.
     *(Rule((name, "evaluate_from"),
            lambda a, n=name: not (getattr(a, n) and a.evaluate_from),

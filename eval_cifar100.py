@@ -22,8 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     split = take_over(args, saved)   # what was trained decides what is evaluated
     device = choose_device(args.device, args.gpu, args.threads)
     data = build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size,
-                      eval_batch_size=args.batch_size, device=device, split=split, val_workers=args.val_workers,
-                      decoder=args.decoder, skip_unreadable=args.skip_unreadable)
+                      eval_batch_size=args.batch_size, device=device, seed=args.seed, split=split,
+                      augment_valid=args.paper_protocol, val_workers=args.val_workers, decoder=args.decoder,
+                      skip_unreadable=args.skip_unreadable)
     evaluate(args, saved, data, device)
     return 0
 

@@ -24,8 +24,9 @@ def main(argv: list[str] | None = None) -> int:
         saved = checkpoint.load(args.evaluate_from)
         split = take_over(args, saved)   # what was trained decides what is evaluated
         data = build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size,
-                          eval_batch_size=args.batch_size, device=device, split=split, val_workers=args.val_workers,
-                          decoder=args.decoder, skip_unreadable=args.skip_unreadable, rank=rank(), world=world_size())
+                          eval_batch_size=args.batch_size, device=device, seed=args.seed, split=split,
+                          augment_valid=args.paper_protocol, val_workers=args.val_workers, decoder=args.decoder,
+                          skip_unreadable=args.skip_unreadable, rank=rank(), world=world_size())
         evaluate(args, saved, data, device)
     return 0
 

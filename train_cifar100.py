@@ -27,8 +27,9 @@ def main(argv: list[str] | None = None) -> int:
             require_unchanged(args, saved["training"]["config"], epochs_done=saved["epoch"])
         data = build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size,
                           batch_size=args.batch_size, device=device, seed=args.seed, use_valid=args.use_valid,
-                          valid_size=args.valid_size, split=stored_split(saved), workers=args.workers,
-                          val_workers=args.val_workers, decoder=args.decoder, skip_unreadable=args.skip_unreadable)
+                          valid_size=args.valid_size, split=stored_split(saved), augment_valid=args.paper_protocol,
+                          workers=args.workers, val_workers=args.val_workers, decoder=args.decoder,
+                          skip_unreadable=args.skip_unreadable)
         trainer = prepare(args, data, device, saved)
         with StopSignals() as signals:
             if not trainer.fit(signals):

@@ -28,7 +28,7 @@ FLAGS = """
 --cost --data-root --dataset --decay-rate --decoder --deterministic --device --dist_backend --distributed
 --ensemble_reweight --epochs --evalmode --evaluate-from --flat_curve --gpu --grFactor --growthRate --help --image_size
 --images --learning-rate --local-rank --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones --method
---momentum --nBlocks --nChannels --on_nan --optimizer --print-freq --prune --reduction --result_dir --resume
+--momentum --nBlocks --nChannels --on_nan --optimizer --paper_protocol --print-freq --prune --reduction --result_dir --resume
 --save_suffix --scale-list --seed --skip_unreadable --start-epoch --step --stepmode --sweep --tensorboard_dir
 --threads --trainable_ensemble --use-valid --val_workers --valid_size --wd --weight-decay --workers -h -p
 """
@@ -41,7 +41,7 @@ DEFAULTS = dict(
     arch="msdnet_ge", nBlocks=1, base=4, step=1, stepmode="even", nChannels=32, growthRate=6,
     grFactor=[1, 2, 4], bnFactor=[1, 2, 4], bottleneck=True, prune="max", reduction=0.5,
     block_step=2, scale_list=[1, 2, 3], compress_factor=0.25, bnAfter=True, method="boost", ensemble_reweight=[0.5],
-    trainable_ensemble=False, loss_equal=False, epochs=300, start_epoch=0, batch_size=64, optimizer="sgd", lr_f=0.1,
+    trainable_ensemble=False, loss_equal=False, paper_protocol=False, epochs=300, start_epoch=0, batch_size=64, optimizer="sgd", lr_f=0.1,
     lr_type="multistep", lr_milestones=[100, 200], decay_rate=0.1, momentum=0.9, weight_decay=[1e-4],
     evaluate_from=None, evalmode="anytime", budget=None, cost="macs", images=None, sweep=None, flat_curve=False, save_suffix="",
     distributed=False, dist_backend=None, local_rank=0,
@@ -132,6 +132,8 @@ MISTAKES = [
     ("--arch ranet --weight-decay 1e-4,2e-4", "--weight-decay"),
     ("--resume --checkpoint a.pth", "--resume"),
     ("--resume --start-epoch 0", "--resume"),
+    ("--evaluate-from a.pth --paper_protocol", "--paper_protocol"),
+    ("--evaluate-from a.pth --paper_protocol --evalmode realtime", "--paper_protocol"),
     # Evaluation.
     ("--evaluate-from a.pth --checkpoint b.pth", "--checkpoint"),
     ("--evaluate-from a.pth --resume", "--resume"),

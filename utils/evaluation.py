@@ -91,7 +91,8 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
                       released: bool = False, flat: bool = False, suffix: str = "") -> dict[str, Any]:
     """Accuracy where inputs leave early, thresholds fitted on the hold-out and applied to the test set.
 
-    Prints one row per budget and writes dynamic{_flat}{suffix}.txt, flops.pth and dynamic{_flat}{suffix}.json.
+    Prints one row per budget and writes dynamic{_flat}{_augmented}{suffix}.txt and .json, and flops.pth; _augmented where the
+    hold-out was read with training augmentation.
 
     Args:
         budgets: average MACs per image; None takes 40 evenly over what the network can spend.
@@ -110,14 +111,14 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
     arrays = (valid.confidence, valid.correct, test.confidence, test.correct, macs)
     fitted = released_curve(*arrays, flat=flat) if released else budget_curve(*arrays, budgets)
     points = flatten(fitted) if flat and not released else fitted
-    result = {**about, "family": "released" if released else "eq9", "flat": flat,
+    result = {**about, "family": "released" if released else "eq9", "flat": flat, "augmented_hold_out": data.augment_valid,
               "points": [{**point, "thresholds": finite(point["thresholds"])} for point in points]}
     if not distributed.is_main():
         return result
     _print_budgeted(result, data)
     if not released:
         _warn_of_missed_budgets(fitted, data.n_valid)
-    name = f"dynamic{'_flat' if flat else ''}{suffix}"
+    name = f"dynamic{'_flat' if flat else ''}{'_augmented' if data.augment_valid else ''}{suffix}"
     _write_columns(folder / f"{name}.txt", [(point["test_mean_macs"], point["test_top1"]) for point in points])
     _write_costs(folder, macs)
     write_json(folder / f"{name}.json", result)
@@ -127,6 +128,7 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
 def _print_budgeted(result: dict[str, Any], data) -> None:
     released = result["family"] == "released"
     family = "released sweep (shares ~ q^n, q = 1/20 ... 39/20)" if released else "budgets solved by eq. 9"
+    augmented = " with training augmentation" if result["augmented_hold_out"] else ""
     rows = []
     for point in result["points"]:
         asked = f"{point['p']:.2f}" if released else millions(point["budget"])
@@ -136,7 +138,7 @@ def _print_budgeted(result: dict[str, Any], data) -> None:
     print(format_table(["q" if released else "budget", "hold-out MACs", "test MACs", "hold-out top-1", "test top-1",
                         "test exits, %"], rows,
                        title=f"\nBudgeted batch, {family}{', flat curve' if result['flat'] else ''}: {_describe(result)}\n"
-                             f"thresholds from {data.n_valid} held-out images, {data.n_test} test images, 10^6 MACs per image"))
+                             f"thresholds from {data.n_valid} held-out images{augmented}, {data.n_test} test images, 10^6 MACs per image"))
 
 
 def _warn_of_missed_budgets(points: Sequence[dict[str, Any]], n_valid: int) -> None:

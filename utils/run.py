@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from utils import distributed
-from utils.checkpoint import BEST, LATEST, PREVIOUS, load_latest
+from utils.checkpoint import BEST, LATEST, PREVIOUS, TEST_BEST, load_latest
 from utils.errors import UserError
 from utils.files import atomic_write, sweep
 from utils.lock import locked
@@ -90,7 +90,7 @@ def find_run(folder: str, resume: bool) -> dict[str, Any] | None:
     path = Path(folder)
     if resume:
         return load_latest(path)
-    if any((path / name).exists() for name in (LATEST, PREVIOUS, BEST, RESULTS, SPLIT)):
+    if any((path / name).exists() for name in (LATEST, PREVIOUS, BEST, TEST_BEST, RESULTS, SPLIT)):
         raise UserError(f"{path} already holds a run; pass --resume to continue it, or another --result_dir")
     return None
 
