@@ -112,7 +112,8 @@ def test_the_augmented_hold_out_is_cropped_and_flipped_anew_in_every_epoch_but_t
 
 
 def test_evaluation_fits_thresholds_on_the_augmented_hold_out_and_names_the_file_for_it(images, run, capsys):
-    base = ["--data-root", str(images), "--evaluate-from", str(run / "model_best.pth"), "--device", "cpu", "--evalmode", "dynamic"]
+    base = ["--data-root", str(images), "--evaluate-from", str(run / "model_best.pth"), "--device", "cpu",
+            "--evalmode", "dynamic"]
     assert eval_cifar100.main(base) == 0
     assert eval_cifar100.main([*base, "--paper_protocol"]) == 0
     assert "8 held-out images with training augmentation" in capsys.readouterr().out

@@ -138,7 +138,8 @@ def _print_budgeted(result: dict[str, Any], data) -> None:
     print(format_table(["q" if released else "budget", "hold-out MACs", "test MACs", "hold-out top-1", "test top-1",
                         "test exits, %"], rows,
                        title=f"\nBudgeted batch, {family}{', flat curve' if result['flat'] else ''}: {_describe(result)}\n"
-                             f"thresholds from {data.n_valid} held-out images{augmented}, {data.n_test} test images, 10^6 MACs per image"))
+                             f"thresholds from {data.n_valid} held-out images{augmented}, {data.n_test} test images, "
+                             "10^6 MACs per image"))
 
 
 def _warn_of_missed_budgets(points: Sequence[dict[str, Any]], n_valid: int) -> None:
