@@ -27,7 +27,7 @@ MAX_LAYERS = 1000
 FREE_ON_RESUME = frozenset((
     "result_dir", "tensorboard_dir", "data_root", "resume", "checkpoint", "start_epoch", "workers", "val_workers", "device",
     "gpu", "threads", "deterministic", "print_freq", "on_nan", "skip_unreadable", "distributed", "dist_backend", "local_rank",
-    "bnAfter", "evaluate_from", "evalmode", "budget", "cost", "images", "sweep", "flat_curve", "save_suffix",
+    "bnAfter", "evaluate_from", "evalmode", "budget", "cost", "images", "sweep", "flat_curve", "publish", "save_suffix",
 ))
 
 
@@ -72,7 +72,7 @@ RULES: tuple[Rule, ...] = (
     *each("gpu", lambda x: re.fullmatch(r"[0-9]+(,[0-9]+)*", x) and len(set(x.split(","))) == x.count(",") + 1,
           "different device numbers such as 0 or 0,1 (--device cpu for none)"),
     *each("save_suffix", lambda x: is_path(f"_{x}") and not re.search(r"[/\\]", x), "a part of a file name, without / and \\"),
-    *each("result_dir tensorboard_dir checkpoint data_root evaluate_from", is_path, "a path"),
+    *each("result_dir tensorboard_dir checkpoint data_root evaluate_from publish", is_path, "a path"),
     # Data.
     Rule(("image_size", "dataset"),
          lambda a: DATASETS[a.dataset].image_size in (None, a.image_size),
@@ -169,6 +169,13 @@ RULES: tuple[Rule, ...] = (
            lambda a, n=name: not (getattr(a, n) and a.evaluate_from),
            lambda a: "is for training, --evaluate-from for evaluation; give one of them")
       for name in ("checkpoint", "resume")),
+    Rule(("publish", "evalmode"),
+         lambda a: not a.publish or a.evalmode in ("anytime", "dynamic"),
+         lambda a: f"has no meaning with --evalmode {a.evalmode}; it belongs to anytime and dynamic"),
+    *(Rule(("publish", name),
+           lambda a, n=name: not a.publish or n not in a.explicit,
+           lambda a, n=name: f"writes whole curves under fixed names; leave --{n} out")
+      for name in ("budget", "sweep", "flat_curve", "save_suffix", "result_dir", "paper_protocol")),
     Rule(("budget", "sweep"),
          lambda a: not (a.budget and a.sweep),
          lambda a: "chooses the budgets, --sweep has its own exit distributions; give one of them"),

@@ -28,9 +28,9 @@ FLAGS = """
 --cost --data-root --dataset --decay-rate --decoder --deterministic --device --dist_backend --distributed
 --ensemble_reweight --epochs --evalmode --evaluate-from --flat_curve --gpu --grFactor --growthRate --help --image_size
 --images --learning-rate --local-rank --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones --method
---momentum --nBlocks --nChannels --on_nan --optimizer --paper_protocol --print-freq --prune --reduction --result_dir --resume
---save_suffix --scale-list --seed --skip_unreadable --start-epoch --step --stepmode --sweep --tensorboard_dir
---threads --trainable_ensemble --use-valid --val_workers --valid_size --wd --weight-decay --workers -h -p
+--momentum --nBlocks --nChannels --on_nan --optimizer --paper_protocol --print-freq --prune --publish --reduction
+--result_dir --resume --save_suffix --scale-list --seed --skip_unreadable --start-epoch --step --stepmode --sweep
+--tensorboard_dir --threads --trainable_ensemble --use-valid --val_workers --valid_size --wd --weight-decay --workers -h -p
 """
 
 DEFAULTS = dict(
@@ -44,7 +44,8 @@ DEFAULTS = dict(
     trainable_ensemble=False, loss_equal=False, paper_protocol=False, epochs=300, start_epoch=0, batch_size=64,
     optimizer="sgd", lr_f=0.1,
     lr_type="multistep", lr_milestones=[100, 200], decay_rate=0.1, momentum=0.9, weight_decay=[1e-4],
-    evaluate_from=None, evalmode="anytime", budget=None, cost="macs", images=None, sweep=None, flat_curve=False, save_suffix="",
+    evaluate_from=None, evalmode="anytime", budget=None, cost="macs", images=None, sweep=None, flat_curve=False, publish=None,
+    save_suffix="",
     distributed=False, dist_backend=None, local_rank=0,
 )
 
@@ -134,6 +135,14 @@ MISTAKES = [
     ("--resume --checkpoint a.pth", "--resume"),
     ("--resume --start-epoch 0", "--resume"),
     ("--evaluate-from a.pth --paper_protocol", "--paper_protocol"),
+    ("--evaluate-from a.pth --publish b --evalmode realtime", "--publish"),
+    ("--evaluate-from a.pth --publish b --budget 1e6", "--publish"),
+    ("--evaluate-from a.pth --publish b --sweep released", "--publish"),
+    ("--evaluate-from a.pth --publish b --save_suffix _a", "--publish"),
+    ("--evaluate-from a.pth --publish b --flat_curve", "--publish"),
+    ("--evaluate-from a.pth --publish b --result_dir c", "--publish"),
+    ("--evaluate-from a.pth --publish b --evalmode dynamic --paper_protocol", "--publish"),
+    ("--evaluate-from a.pth --publish=", "--publish"),
     ("--evaluate-from a.pth --paper_protocol --evalmode realtime", "--paper_protocol"),
     # Evaluation.
     ("--evaluate-from a.pth --checkpoint b.pth", "--checkpoint"),

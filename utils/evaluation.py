@@ -19,6 +19,7 @@ from utils.engine import predict
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.operating_points import finite, require_hold_out
+from utils.publish import publish
 from utils.realtime import evaluate_realtime
 from utils.restore import identify, restore
 from utils.run import write_json
@@ -39,11 +40,14 @@ def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torc
                         "data set it was trained on")
     args.num_classes = args.num_classes or data.num_classes
     model = restore(args, saved).to(device)
-    folder = Path(args.result_dir or Path(args.evaluate_from).parent)
+    source = Path(args.evaluate_from).parent
+    folder = Path(args.publish or args.result_dir or source)
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
     about = header(identify(args) | saved, folder, model, data)   # a released checkpoint says nothing about itself
-    if args.evalmode == "realtime" or args.cost == "latency":
+    if args.publish:
+        publish(model, saved, data, folder, about=about, source=source, dynamic=args.evalmode == "dynamic")
+    elif args.evalmode == "realtime" or args.cost == "latency":
         evaluate_realtime(model, data, folder, about=about, budgets=args.budget, cost=args.cost, suffix=args.save_suffix)
     elif args.evalmode == "dynamic":
         evaluate_budgeted(model, data, folder, about=about, budgets=args.budget, released=args.sweep == "released",

@@ -184,6 +184,9 @@ def _evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add("--sweep", choices=("released",), help="dynamic: the 39 exit distributions of the authors' program instead")
     add("--flat_curve", action="store_true",
         help="dynamic: keep the previous thresholds where a larger budget does not raise hold-out accuracy")
+    add("--publish", metavar="DIR",
+        help="anytime, dynamic: write the network in half precision, its curves and the arrays behind them to DIR; "
+             "python -m utils.publish DIR draws the curves again")
     add("--save_suffix", default="", metavar="TEXT", help="appended to the names of the result files")
 
 
