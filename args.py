@@ -15,20 +15,12 @@ from typing import Any
 
 from utils.catalog import DATASETS
 from utils.cli import Rule, each, is_path, rising, shown
-from utils.flags import IMAGE_SIZES, NETWORK, Milliseconds, build_parser
+from utils.flags import FREE_ON_RESUME, IMAGE_SIZES, NETWORK, Milliseconds, build_parser
 
 # A classifier halves the coarsest map twice and pools it to one value: the map is 8x8 (32 pixels) or 7x7 (224).
 N_SCALES = {32: 3, 224: 4}
 # A mistyped number of blocks should be an error, not a machine that swaps. The largest published network has 160.
 MAX_LAYERS = 1000
-
-# What a resumed run may be told anew: where it runs, what it shows, how it meets trouble, and what only evaluation reads. All
-# other flags make the model, the data or the schedule; --epochs has a rule of its own.
-FREE_ON_RESUME = frozenset((
-    "result_dir", "tensorboard_dir", "data_root", "resume", "checkpoint", "start_epoch", "workers", "val_workers", "device",
-    "gpu", "threads", "deterministic", "print_freq", "on_nan", "skip_unreadable", "distributed", "dist_backend", "local_rank",
-    "bnAfter", "evaluate_from", "evalmode", "budget", "cost", "images", "sweep", "flat_curve", "publish", "save_suffix",
-))
 
 
 def _is_msdnet(args: Namespace) -> bool:

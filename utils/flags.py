@@ -15,6 +15,14 @@ DECODERS = ("pillow", "torchcodec")   # those of utils.decoders, which takes lon
 NETWORK = ("arch", "nBlocks", "base", "step", "stepmode", "nChannels", "growthRate", "grFactor", "bnFactor", "prune",
            "reduction", "bottleneck", "block_step", "scale_list", "compress_factor")
 
+# What a resumed run may be told anew: where it runs, what it shows, how it meets trouble, and what only evaluation reads. All
+# other flags make the model, the data or the schedule; --epochs has a rule of its own.
+FREE_ON_RESUME = frozenset((
+    "result_dir", "tensorboard_dir", "data_root", "resume", "checkpoint", "start_epoch", "workers", "val_workers", "device",
+    "gpu", "threads", "deterministic", "print_freq", "on_nan", "skip_unreadable", "distributed", "dist_backend", "local_rank",
+    "bnAfter", "evaluate_from", "evalmode", "budget", "cost", "images", "sweep", "flat_curve", "publish", "save_suffix",
+))
+
 per_scale = list_of(whole, "-", "1-2-4")
 
 

@@ -117,7 +117,8 @@ def start_run(folder: str, *, tensorboard_dir: str | None, config: dict[str, Any
     path = Path(folder)
     if distributed.is_main() and split is not None:
         split.save(path / SPLIT)
-    results = {"format": 1, "config": config, "split_hash": split.hash if split else None, "versions": versions(device)}
+    results = {"format": 1, "config": config, "processes": distributed.world_size(), "split_hash": split.hash if split else None,
+               "versions": versions(device)}
     return Run(path, tensorboard_dir=Path(tensorboard_dir) if tensorboard_dir else None, results=results)
 
 
