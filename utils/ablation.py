@@ -89,13 +89,13 @@ def draw(runs: Sequence[Run]):
             reference = value == REFERENCE[panel]
             axes.plot([macs / 1e6 for macs in run.test["macs"]], run.test["top1"], marker=MARKERS[i % len(MARKERS)], markersize=5,
                       color=INK if reference else COLOURS[i % len(COLOURS)], linewidth=2.2 if reference else 1.4,
-                      label=f"{value:g}" if isinstance(value, (int, float)) else value)
+                      label=f"{value:g}" if isinstance(value, (int, float)) else value, zorder=3 if reference else 2)
         axes.set_title(PANELS[panel], fontsize=11, color=INK)
         axes.set_xlabel("cost of the exit ($10^6$ MACs)", color=INK)
         axes.grid(True, color="#E3E3E3", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=INK)
-        axes.legend(loc="lower right", fontsize=9, framealpha=0.9, edgecolor="#CCCCCC")
+        axes.legend(loc="lower right", title="black: reference", title_fontsize=8, fontsize=9, framealpha=0.9, edgecolor="#CCCCCC")
     figure.axes[0].set_ylabel("top-1 accuracy (%)", color=INK)
     return figure
 
