@@ -95,7 +95,8 @@ def draw(runs: Sequence[Run]):
         axes.grid(True, color="#E3E3E3", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=INK)
-        axes.legend(loc="lower right", title="black: reference", title_fontsize=8, fontsize=9, framealpha=0.9, edgecolor="#CCCCCC")
+        axes.legend(loc="lower right", title="black: reference", title_fontsize=8, fontsize=9, framealpha=0.9,
+                    edgecolor="#CCCCCC")
     figure.axes[0].set_ylabel("top-1 accuracy (%)", color=INK)
     return figure
 

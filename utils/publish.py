@@ -10,7 +10,6 @@ arrays_dynamic.npz, dynamic.json and dynamic_released.json. All figures are thos
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,9 @@ from utils.files import atomic_write
 from utils.operating_points import finite, require_hold_out
 from utils.run import RESULTS, write_json
 from utils.tables import format_table
+
+# Flags that say where things lie on the machine of the run.
+PATHS = ("result_dir", "tensorboard_dir", "data_root", "checkpoint")
 
 
 class Arrays(NamedTuple):
@@ -65,7 +67,7 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
         model: the checkpoint's network; it ends with the rounded weights.
         saved: content of the checkpoint.
         about: from `utils.evaluation.header`.
-        source: folder of the run; its results.json is copied.
+        source: folder of the run, with its results.json.
         dynamic: budgeted batch with hold-out and released sweep, in place of anytime prediction.
     Raises:
         UserError: when thresholds are to be fitted and nothing is held out.
@@ -83,12 +85,18 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
     checkpoint.save(folder / f"model_{kind}.pth", content)
     save_arrays(folder / f"arrays_{kind}.npz", about, parts)
     if (source / RESULTS).is_file() and source.resolve() != folder.resolve():
-        shutil.copyfile(source / RESULTS, folder / RESULTS)
+        write_json(folder / RESULTS, without_folders(json.loads((source / RESULTS).read_text())))
     redraw(folder, kind)
     changed = (full.correct != rounded.correct).sum(dim=1).tolist()
     print(format_table(["exit", "float32 top-1 %", "half top-1 %", "answers changed"],
                        [[n + 1, f"{a:.2f}", f"{b:.2f}", c] for n, (a, b, c) in enumerate(zip(full.top1, rounded.top1, changed))],
                        title=f"\n{folder}: {data.n_test} test images; an answer changed where it became right or wrong"))
+
+
+def without_folders(results: dict[str, Any]) -> dict[str, Any]:
+    """results.json with the names of folders in place of their paths, which are nobody's concern."""
+    config = {name: Path(value).name if name in PATHS and value else value for name, value in results["config"].items()}
+    return {**results, "config": config}
 
 
 def save_arrays(path: Path, about: dict[str, Any], parts: dict[str, Arrays]) -> None:
