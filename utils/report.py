@@ -188,8 +188,8 @@ def own_tables(groups: Sequence[Sequence[Run]]) -> list[Table]:
                          []).append(group)
     tables = []
     for (dataset, n_test, flags, epochs, macs), members in kinds.items():
-        table = Table(f"{title_of(dataset)}, {flags}, {epochs} epoch{'s' if epochs > 1 else ''}: top-1 % on {n_test:,} test images, "
-                      "last epoch",
+        table = Table(f"{title_of(dataset)}, {flags}, {epochs} epoch{'s' if epochs > 1 else ''}: top-1 % on {n_test:,} "
+                      "test images, last epoch",
                       ["exit", *map(str, range(1, len(macs) + 1))], [["10^6 MACs", *map(millions, macs)]])
         for group, label in zip(members, distinct(members)):
             method = group[0].method
