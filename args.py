@@ -15,21 +15,12 @@ from typing import Any
 
 from utils.catalog import DATASETS, METHODS
 from utils.cli import Rule, each, is_path, rising, shown
-from utils.flags import IMAGE_SIZES, NETWORK, Milliseconds, build_parser
+from utils.flags import FREE_ON_RESUME, IMAGE_SIZES, NETWORK, Milliseconds, build_parser
 
 # A classifier halves the coarsest map twice and pools it to one value: the map is 8x8 (32 pixels) or 7x7 (224).
 N_SCALES = {32: 3, 224: 4}
 # A mistyped number of blocks should be an error, not a machine that swaps. The largest published network has 160.
 MAX_LAYERS = 1000
-
-# What a resumed run may be told anew: where it runs, what it shows, how it meets trouble, and what only evaluation reads. All
-# other flags make the model, the data or the schedule; --epochs has a rule of its own.
-FREE_ON_RESUME = frozenset((
-    "result_dir", "tensorboard_dir", "data_root", "resume", "checkpoint", "start_epoch", "workers", "val_workers", "device",
-    "gpu", "threads", "deterministic", "print_freq", "on_nan", "skip_unreadable", "distributed", "dist_backend", "local_rank",
-    "bnAfter", "evaluate_from", "evalmode", "ensemble", "policy", "budget", "cost", "images", "sweep", "flat_curve",
-    "save_suffix",
-))
 
 
 def _is_msdnet(args: Namespace) -> bool:
@@ -76,7 +67,7 @@ RULES: tuple[Rule, ...] = (
     *each("gpu", lambda x: re.fullmatch(r"[0-9]+(,[0-9]+)*", x) and len(set(x.split(","))) == x.count(",") + 1,
           "different device numbers such as 0 or 0,1 (--device cpu for none)"),
     *each("save_suffix", lambda x: is_path(f"_{x}") and not re.search(r"[/\\]", x), "a part of a file name, without / and \\"),
-    *each("result_dir tensorboard_dir checkpoint data_root evaluate_from teacher", is_path, "a path"),
+    *each("result_dir tensorboard_dir checkpoint data_root evaluate_from teacher publish", is_path, "a path"),
     # Data.
     Rule(("image_size", "dataset"),
          lambda a: DATASETS[a.dataset].image_size in (None, a.image_size),
@@ -203,11 +194,22 @@ RULES: tuple[Rule, ...] = (
     Rule(("cuda_graphs", "device"),
          lambda a: not (a.cuda_graphs and a.device == "cpu"),
          lambda a: "needs a CUDA device, got --device cpu"),
+    Rule(("paper_protocol", "evaluate_from", "evalmode"),
+         lambda a: not (a.paper_protocol and a.evaluate_from) or a.evalmode == "dynamic",
+         lambda a: "changes in evaluation what thresholds are fitted on, and belongs to --evalmode dynamic"),
     # Evaluation.
     *(Rule((name, "evaluate_from"),
            lambda a, n=name: not (getattr(a, n) and a.evaluate_from),
            lambda a: "is for training, --evaluate-from for evaluation; give one of them")
       for name in ("checkpoint", "resume")),
+    Rule(("publish", "evalmode"),
+         lambda a: not a.publish or a.evalmode in ("anytime", "dynamic"),
+         lambda a: f"has no meaning with --evalmode {a.evalmode}; it belongs to anytime and dynamic"),
+    *(Rule(("publish", name),
+           lambda a, n=name: not a.publish or n not in a.explicit,
+           lambda a, n=name: f"writes whole curves under fixed names; leave --{n} out")
+      for name in ("budget", "sweep", "flat_curve", "save_suffix", "result_dir", "paper_protocol", "ensemble", "policy",
+                   "images")),
     Rule(("budget", "sweep"),
          lambda a: not (a.budget and a.sweep),
          lambda a: "chooses the budgets, --sweep has its own exit distributions; give one of them"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,18 +81,20 @@ class Data:
         num_classes: outputs a classifier needs; more than `class_names` where a folder has only some of the classes.
         image_size: height and width in pixels.
         split: which training images are held out, or None.
+        augment_valid: whether the hold-out is read with training augmentation.
         n_train, n_valid, n_test: number of images on all ranks together.
         labels_hash: of all training labels in file order; other data have another one.
     """
 
     def __init__(self, train_set: DeviceImages | FolderImages, test_set: DeviceImages | FolderImages, *,
                  class_names: list[str], num_classes: int, image_size: int, split: Split | None, batch_size: int,
-                 eval_batch_size: int, seed: int, rank: int, world: int) -> None:
+                 eval_batch_size: int, seed: int, rank: int, world: int, augment_valid: bool = False) -> None:
         self.class_names, self.num_classes, self.image_size, self.split = class_names, num_classes, image_size, split
         self._train_set, self._test_set = train_set, test_set
         self._train_index = split.train_index if split else torch.arange(len(train_set.labels))
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self._seed, self._rank, self._world = seed, rank, world
+        self.augment_valid = augment_valid
         self.n_train, self.n_test = len(self._train_index), len(test_set.labels)
         self.n_valid = len(split.valid_index) if split else 0
         self.labels_hash = hash_labels(train_set.labels)
@@ -106,29 +109,32 @@ class Data:
         return Batches(plan.skip(first_batch),
                        lambda plan: self._train_set.read_augmented(plan, seed=self._seed, epoch=epoch))
 
-    def valid(self) -> Batches:
-        """The held-out images in file order, without augmentation.
+    def valid(self, epoch: int = 0) -> Batches:
+        """The held-out images in file order; with `augment_valid` as they would look in training in this epoch.
 
         Raises:
             UserError: when nothing is held out.
         """
         if self.split is None:
             raise UserError("there is no hold-out set; train with --use-valid to keep images for choosing thresholds")
-        return self._evaluation(self._train_set, self.split.valid_index)
+        read = self._train_set.read
+        if self.augment_valid:
+            read = partial(self._train_set.read_augmented, seed=self._seed, epoch=epoch)
+        return self._evaluation(read, self.split.valid_index)
 
     def test(self) -> Batches:
         """The test images in file order, without augmentation."""
-        return self._evaluation(self._test_set, torch.arange(self.n_test))
+        return self._evaluation(self._test_set.read, torch.arange(self.n_test))
 
-    def _evaluation(self, image_set: DeviceImages | FolderImages, samples: Tensor) -> Batches:
+    def _evaluation(self, read: Callable[[Plan], Iterator[tuple[Tensor, Tensor]]], samples: Tensor) -> Batches:
         plan = plan_evaluation(samples, batch_size=self._eval_batch_size, rank=self._rank, world=self._world)
-        return Batches(plan, image_set.read)
+        return Batches(plan, read)
 
 
 def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, batch_size: int = 64,
                eval_batch_size: int = 256, device: str | torch.device = "cpu", seed: int = 0, use_valid: bool = False,
-               valid_size: int | None = None, split: Split | None = None, workers: int = 4, val_workers: int = 1,
-               decoder: str = "pillow", skip_unreadable: bool = False, rank: int = 0, world: int = 1,
+               valid_size: int | None = None, split: Split | None = None, augment_valid: bool = False, workers: int = 4,
+               val_workers: int = 1, decoder: str = "pillow", skip_unreadable: bool = False, rank: int = 0, world: int = 1,
                quiet: bool = False) -> Data:
     """Open a data set.
 
@@ -139,6 +145,7 @@ def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, bat
         batch_size: training images per process and step.
         use_valid: hold training images out; `valid_size` of them, drawn by `seed` unless `split` says which.
         split: a saved hold-out split to use again; implies `use_valid`.
+        augment_valid: read the hold-out with training augmentation, as the released code does.
         workers, val_workers: decoding processes for training and evaluation; images on the device need none.
         decoder: what decodes large images, one of `utils.decoders.DECODERS`.
         skip_unreadable: leave large images that cannot be read out instead of stopping.
@@ -180,7 +187,8 @@ def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, bat
         size = valid_size or DATASETS[dataset].valid_size or len(train_set.labels) // 10
         split = Split.draw(train_set.labels, size, seed)
     return Data(train_set, test_set, class_names=class_names, num_classes=num_classes, image_size=image_size, split=split,
-                batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, rank=rank, world=world)
+                batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, rank=rank, world=world,
+                augment_valid=augment_valid)
 
 
 def _read_small_images(dataset: str, data_root: Path, quiet: bool, may_download: bool) -> dict[str, Any]:

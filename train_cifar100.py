@@ -19,7 +19,7 @@ from utils.trainer import prepare
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     require(args, "result_dir")
-    forbid(args, "evaluate_from", "evalmode", "ensemble", "policy", "budget", "sweep", "flat_curve")
+    forbid(args, "evaluate_from", "evalmode", "ensemble", "policy", "budget", "sweep", "flat_curve", "publish")
     device = choose_device(args.device, args.gpu, args.threads)
     with claim(args.result_dir):
         saved = find_run(args.result_dir, args.resume)
@@ -27,8 +27,9 @@ def main(argv: list[str] | None = None) -> int:
             require_unchanged(args, saved["training"]["config"], epochs_done=saved["epoch"])
         data = build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size,
                           batch_size=args.batch_size, device=device, seed=args.seed, use_valid=args.use_valid,
-                          valid_size=args.valid_size, split=stored_split(saved), workers=args.workers,
-                          val_workers=args.val_workers, decoder=args.decoder, skip_unreadable=args.skip_unreadable)
+                          valid_size=args.valid_size, split=stored_split(saved), augment_valid=args.paper_protocol,
+                          workers=args.workers, val_workers=args.val_workers, decoder=args.decoder,
+                          skip_unreadable=args.skip_unreadable)
         trainer = prepare(args, data, device, saved)
         with StopSignals() as signals:
             if not trainer.fit(signals):

@@ -31,10 +31,10 @@ FLAGS = """
 --epochs --epsilon --evalmode --evaluate-from --flat_curve --gpu --grFactor --groups --growthRate --help --image_size
 --images --include_final --learning-rate --local-rank --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones
 --meta_interval --meta_lr --meta_net_hidden_size --meta_net_input_type --meta_net_num_layers --meta_weight_decay
---method --momentum --nBlocks --nChannels --on_nan --optimizer --overlap --policy --print-freq --prune --reduction
---result_dir --resume --save_suffix --scale-list --seed --skip_unreadable --start-epoch --step --stepmode --sweep
---target_p_index --teacher --tensorboard_dir --threads --trainable_ensemble --use-valid --val_workers --valid_size
---wd --weight-decay --workers -h -p
+--method --momentum --nBlocks --nChannels --on_nan --optimizer --overlap --paper_protocol --policy --print-freq
+--prune --publish --reduction --result_dir --resume --save_suffix --scale-list --seed --skip_unreadable --start-epoch
+--step --stepmode --sweep --target_p_index --teacher --tensorboard_dir --threads --trainable_ensemble --use-valid
+--val_workers --valid_size --wd --weight-decay --workers -h -p
 """
 
 DEFAULTS = dict(
@@ -48,11 +48,11 @@ DEFAULTS = dict(
     trainable_ensemble=False, loss_equal=False, groups=None, overlap=None, include_final=False, distill_weight=None,
     distill_T=None, teacher=None, meta_net_hidden_size=500, meta_net_num_layers=1, meta_net_input_type="loss",
     constraint_dimension="mat", epsilon=0.3, target_p_index=15, meta_interval=1, meta_lr=1e-4, meta_weight_decay=1e-4,
-    epochs=300, start_epoch=0, batch_size=64, optimizer="sgd", lr_f=0.1,
+    paper_protocol=False, epochs=300, start_epoch=0, batch_size=64, optimizer="sgd", lr_f=0.1,
     lr_type="multistep", lr_milestones=[100, 200], decay_rate=0.1, momentum=0.9, weight_decay=[1e-4],
     amp="off", channels_last=False, compile=False, cuda_graphs=False,
     evaluate_from=None, evalmode="anytime", ensemble=None, policy="confidence", budget=None, cost="macs", images=None, sweep=None,
-    flat_curve=False, save_suffix="",
+    flat_curve=False, publish=None, save_suffix="",
     distributed=False, dist_backend=None, local_rank=0,
 )
 
@@ -181,6 +181,19 @@ MISTAKES = [
     ("--method block_losses --nBlocks 4 --overlap 3 --channels_last", "--channels_last"),
     ("--method boost_l2w --compile", "--compile"),
     ("--method imta --checkpoint a.pth --cuda_graphs", "--cuda_graphs"),
+    ("--evaluate-from a.pth --paper_protocol", "--paper_protocol"),
+    ("--evaluate-from a.pth --publish b --evalmode realtime", "--publish"),
+    ("--evaluate-from a.pth --publish b --budget 1e6", "--publish"),
+    ("--evaluate-from a.pth --publish b --sweep released", "--publish"),
+    ("--evaluate-from a.pth --publish b --save_suffix _a", "--publish"),
+    ("--evaluate-from a.pth --publish b --flat_curve", "--publish"),
+    ("--evaluate-from a.pth --publish b --result_dir c", "--publish"),
+    ("--evaluate-from a.pth --publish b --evalmode dynamic --paper_protocol", "--publish"),
+    ("--evaluate-from a.pth --publish=", "--publish"),
+    ("--evaluate-from a.pth --paper_protocol --evalmode realtime", "--paper_protocol"),
+    ("--evaluate-from a.pth --publish b --ensemble average", "--publish"),
+    ("--evaluate-from a.pth --publish b --policy entropy", "--publish"),
+    ("--evaluate-from a.pth --publish b --images c.png", "--publish"),
     # Evaluation.
     ("--evaluate-from a.pth --checkpoint b.pth", "--checkpoint"),
     ("--evaluate-from a.pth --resume", "--resume"),

@@ -152,6 +152,16 @@ def test_results_that_a_killed_run_did_not_write_are_written_when_it_is_resumed(
     assert not list(differences(outcome(tmp_path), complete))
 
 
+def test_a_finished_run_that_is_resumed_is_left_as_it_is(images, tmp_path, monkeypatch, capsys):
+    line = command(images, tmp_path, "--epochs", "1")
+    assert train_cifar100.main(line) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.[jp]*")}
+    monkeypatch.setattr(trainer, "evaluate_anytime", lambda *_, **__: pytest.fail("the test set is read again"))
+    assert train_cifar100.main([*line, "--resume"]) == 0
+    assert "is finished: nothing to do" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.[jp]*")} == before
+
+
 def test_the_best_checkpoint_is_saved_before_the_latest(images, tmp_path, monkeypatch):
     """Killed between the two, the run repeats the epoch; the other way round it would never write its best one again."""
     saved = []

@@ -37,7 +37,7 @@ REFERENCE = {
 
 def bash(script: Path | str, *arguments: str, cwd: Path, timeout_s: float = 120,
          **environment: str) -> subprocess.CompletedProcess:
-    own = ("PYTHON", "DATA_ROOT", "RESULT_ROOT", "NPROC", "TORCHRUN", "DRY_RUN")
+    own = ("PYTHON", "DATA_ROOT", "RESULT_ROOT", "NPROC", "TORCHRUN", "DRY_RUN", "SEEDS")
     clean = {name: value for name, value in os.environ.items() if name not in own}
     return subprocess.run(["bash", str(script), *arguments], cwd=cwd, env={**clean, **environment}, text=True,
                           capture_output=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
@@ -175,6 +175,27 @@ def test_the_quickstart_trains_evaluates_both_modes_and_plots(tmp_path):
         assert flags(command).evaluate_from == f"{flags(train).result_dir}/model_best.pth"
         assert flags(command).dataset == "glyphs"
     assert plots[1:] == ["-m", "utils.plots", flags(train).result_dir]
+
+
+def test_the_papers_tables_come_in_order_with_one_command_that_resumes(tmp_path):
+    found = commands("msdnet_scripts/paper_tables.sh", "--lr_f", "0.2", cwd=tmp_path, RESULT_ROOT=str(tmp_path), SEEDS="5")
+    trained = [flags(command) for command in found if any(word.endswith("train_cifar100.py") for word in command)]
+    assert [Path(args.result_dir).name for args in trained] == [
+        "msdnet_any_boost_seed0", "msdnet_any_joint_seed0", "ranet_any_boost_seed0", "ranet_any_joint_seed0",
+        *(f"msdnet_batch_{size}_boost" for size in (4, 8, 12)), *(f"ranet_batch_{size}_boost" for size in (1, 2, 3)),
+        "msdnet_any_boost_seed5", "msdnet_any_joint_seed5", "ranet_any_boost_seed5", "ranet_any_joint_seed5",
+        *(f"msdnet_batch_{size}_joint" for size in (4, 8, 12)), *(f"ranet_batch_{size}_joint" for size in (1, 2, 3))]
+    for args in trained:
+        name = Path(args.result_dir).name
+        assert (args.resume, args.epochs, args.lr_milestones, args.lr_f) == (True, 300, [150, 225], 0.2)
+        assert args.method == ("joint" if "joint" in name else "boost") and args.seed == (5 if "seed5" in name else 0)
+        assert args.paper_protocol == ("any" in name) != args.use_valid
+    evaluated = [flags(command) for command in found if any(word.endswith("eval_cifar100.py") for word in command)]
+    assert len(evaluated) == 3 * 12 and {args.evaluate_from for args in evaluated} == {
+        f"{args.result_dir}/model_best.pth" for args in trained if args.use_valid}
+    report, *plots = [command[2:] for command in found[-3:]]
+    assert report[0] == "utils.report" and len(report) == 1 + len(trained)
+    assert [len(plot) for plot in plots] == [9, 9] and {plot[0] for plot in plots} == {"utils.plots"}
 
 
 @pytest.fixture

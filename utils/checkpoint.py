@@ -22,6 +22,7 @@ from utils.files import TEMPORARY, atomic_write
 
 FORMAT = 1
 LATEST, BEST, PREVIOUS, DAMAGED = "model_latest.pth", "model_best.pth", "model_previous.pth", "model_damaged.pth"
+TEST_BEST = "model_test_best.pth"   # by --paper_protocol only
 
 # What is beside the weights in a checkpoint of this project, and under `training` in one that a run can go on from.
 CONTENT = {"architecture": dict, "dataset": str, "class_names": list, "method": str, "temperatures": list,

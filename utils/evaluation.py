@@ -19,6 +19,7 @@ from utils.engine import predict
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.operating_points import finite, require_hold_out
+from utils.publish import publish
 from utils.reading import POLICIES, describe, read_exits
 from utils.reading import suffix as reading_suffix
 from utils.realtime import evaluate_realtime
@@ -41,13 +42,16 @@ def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torc
                         "data set it was trained on")
     args.num_classes = args.num_classes or data.num_classes
     model, reading = read_exits(args, restore(args, saved).to(device))
-    folder = Path(args.result_dir or Path(args.evaluate_from).parent)
+    source = Path(args.evaluate_from).parent
+    folder = Path(args.publish or args.result_dir or source)
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
     # A released checkpoint says nothing about itself.
     about = header(identify(args) | saved, folder, model, data, **reading)
     suffix = reading_suffix(about) + args.save_suffix
-    if args.evalmode == "realtime" or args.cost == "latency":
+    if args.publish:
+        publish(model, saved, data, folder, about=about, source=source, dynamic=args.evalmode == "dynamic")
+    elif args.evalmode == "realtime" or args.cost == "latency":
         evaluate_realtime(model, data, folder, about=about, budgets=args.budget, cost=args.cost, suffix=suffix)
     elif args.policy == "patience":
         evaluate_patience(model, data, folder, about=about, suffix=suffix)
@@ -104,7 +108,8 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
                       released: bool = False, flat: bool = False, suffix: str = "") -> dict[str, Any]:
     """Accuracy where inputs leave early, thresholds fitted on the hold-out and applied to the test set.
 
-    Prints one row per budget and writes dynamic{_flat}{suffix}.txt, flops.pth and dynamic{_flat}{suffix}.json.
+    Prints one row per budget and writes dynamic{_flat}{_augmented}{suffix}.txt and .json, and flops.pth; _augmented where the
+    hold-out was read with training augmentation.
 
     Args:
         budgets: average MACs per image; None takes 40 evenly over what the network can spend.
@@ -124,10 +129,10 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
     arrays = (valid.confidence, valid.correct, test.confidence, test.correct, macs)
     fitted = released_curve(*arrays, flat=flat) if released else budget_curve(*arrays, budgets)
     points = flatten(fitted) if flat and not released else fitted
-    result = {**about, "family": "released" if released else "eq9", "flat": flat,
+    result = {**about, "family": "released" if released else "eq9", "flat": flat, "augmented_hold_out": data.augment_valid,
               "points": [{**point, "thresholds": finite(point["thresholds"])} for point in points]}
     if distributed.is_main():
-        _report_budgeted(result, data, folder, f"dynamic{'_flat' if flat else ''}{suffix}")
+        _report_budgeted(result, data, folder, suffix)
         if not released:
             _warn_of_missed_budgets(fitted, data.n_valid)
     return result
@@ -144,9 +149,9 @@ def evaluate_patience(model: BoostedNet, data, folder: Path, *, about: dict[str,
     require_hold_out(data)
     valid, test = (predict(model, batches, POLICIES["patience"]) for batches in (data.valid(), data.test()))
     points = patience_curve(valid.confidence, valid.correct, test.confidence, test.correct, about["macs"])
-    result = {**about, "family": "patience", "flat": False, "points": points}
+    result = {**about, "family": "patience", "flat": False, "augmented_hold_out": data.augment_valid, "points": points}
     if distributed.is_main():
-        _report_budgeted(result, data, folder, f"dynamic{suffix}")
+        _report_budgeted(result, data, folder, suffix)
     return result
 
 
@@ -156,9 +161,10 @@ _FAMILIES = {"eq9": ("budget", lambda point: millions(point["budget"]), "budgets
              "patience": ("patience", lambda point: point["patience"], "patience (exits in a row with one answer)")}
 
 
-def _report_budgeted(result: dict[str, Any], data, folder: Path, name: str) -> None:
-    """Print the table of a curve and write {name}.txt, {name}.json and flops.pth."""
+def _report_budgeted(result: dict[str, Any], data, folder: Path, suffix: str) -> None:
+    """Print the table of a curve and write its files."""
     column, first, family = _FAMILIES[result["family"]]
+    augmented = " with training augmentation" if result["augmented_hold_out"] else ""
     rows = []
     for point in result["points"]:
         shares = " ".join(f"{100 * share:3.0f}" for share in point["test_exit_share"])
@@ -168,7 +174,9 @@ def _report_budgeted(result: dict[str, Any], data, folder: Path, name: str) -> N
     print(format_table([column, "hold-out MACs", "test MACs", "hold-out top-1", "test top-1",
                         "test exits, %"], rows,
                        title=f"\nBudgeted batch, {family}{', flat curve' if result['flat'] else ''}: {_describe(result)}\n"
-                             f"{fitted}{data.n_valid} held-out images, {data.n_test} test images, 10^6 MACs per image"))
+                             f"{fitted}{data.n_valid} held-out images{augmented}, {data.n_test} test images, "
+                             "10^6 MACs per image"))
+    name = f"dynamic{'_flat' if result['flat'] else ''}{'_augmented' if result['augmented_hold_out'] else ''}{suffix}"
     _write_columns(folder / f"{name}.txt", [(point["test_mean_macs"], point["test_top1"]) for point in result["points"]])
     _write_costs(folder, result["macs"])
     write_json(folder / f"{name}.json", result)

@@ -17,6 +17,15 @@ POLICIES = ("confidence", "entropy", "margin", "patience")
 NETWORK = ("arch", "nBlocks", "base", "step", "stepmode", "nChannels", "growthRate", "grFactor", "bnFactor", "prune",
            "reduction", "bottleneck", "block_step", "scale_list", "compress_factor")
 
+# What a resumed run may be told anew: where it runs, what it shows, how it meets trouble, and what only evaluation reads. All
+# other flags make the model, the data or the schedule; --epochs has a rule of its own.
+FREE_ON_RESUME = frozenset((
+    "result_dir", "tensorboard_dir", "data_root", "resume", "checkpoint", "start_epoch", "workers", "val_workers", "device",
+    "gpu", "threads", "deterministic", "print_freq", "on_nan", "skip_unreadable", "distributed", "dist_backend", "local_rank",
+    "bnAfter", "evaluate_from", "evalmode", "ensemble", "policy", "budget", "cost", "images", "sweep", "flat_curve", "publish",
+    "save_suffix",
+))
+
 per_scale = list_of(whole, "-", "1-2-4")
 
 
@@ -184,6 +193,10 @@ def _training_flags(parser: argparse.ArgumentParser) -> None:
     add("--start-epoch", type=whole, default=0, metavar="N",
         help="epochs taken as done, for weights from --checkpoint (default: %(default)s)")
     add("--batch-size", type=whole, default=64, metavar="N", help="images per process and step (default: %(default)s)")
+    add("--paper_protocol", action="store_true",
+        help="judge as the released code does, for comparison with the paper only: the hold-out is read with training "
+             "augmentation, and the test set, read after every epoch, chooses model_test_best.pth; in evaluation "
+             "(dynamic) thresholds are fitted on the augmented hold-out")
     add("--optimizer", choices=("sgd", "rmsprop", "adam"), default="sgd", help="torch.optim's (default: %(default)s)")
     add("--lr_f", "--lr", "--learning-rate", type=number, default=0.1, metavar="X",
         help="learning rate at the start (default: %(default)s)")
@@ -237,6 +250,9 @@ def _evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add("--sweep", choices=("released",), help="dynamic: the 39 exit distributions of the authors' program instead")
     add("--flat_curve", action="store_true",
         help="dynamic: keep the previous thresholds where a larger budget does not raise hold-out accuracy")
+    add("--publish", metavar="DIR",
+        help="anytime, dynamic: write the network in half precision, its curves and the arrays behind them to DIR; "
+             "python -m utils.publish DIR draws the curves again")
     add("--save_suffix", default="", metavar="TEXT", help="appended to the names of the result files")
 
 

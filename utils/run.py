@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from utils import distributed
-from utils.checkpoint import BEST, LATEST, PREVIOUS, load_latest
+from utils.checkpoint import BEST, LATEST, PREVIOUS, TEST_BEST, load_latest
 from utils.errors import UserError
 from utils.files import atomic_write, sweep
 from utils.lock import locked
@@ -90,9 +90,20 @@ def find_run(folder: str, resume: bool) -> dict[str, Any] | None:
     path = Path(folder)
     if resume:
         return load_latest(path)
-    if any((path / name).exists() for name in (LATEST, PREVIOUS, BEST, RESULTS, SPLIT)):
+    if any((path / name).exists() for name in (LATEST, PREVIOUS, BEST, TEST_BEST, RESULTS, SPLIT)):
         raise UserError(f"{path} already holds a run; pass --resume to continue it, or another --result_dir")
     return None
+
+
+def finished(folder: Path, epochs: int) -> bool:
+    """Whether the run in `folder` was tested after `epochs` epochs, so that nothing is left to do; the log says so."""
+    try:
+        tested = json.loads((folder / RESULTS).read_text())["test"]["epoch"]
+    except (OSError, ValueError, KeyError, TypeError):   # whatever is wrong with it, the run will write it again
+        return False
+    if tested == epochs and distributed.is_main():
+        logging.getLogger("boostnet").info("the run in %s is finished: nothing to do", folder)
+    return tested == epochs
 
 
 def stored_split(saved: dict[str, Any] | None) -> Split | None:
@@ -106,7 +117,8 @@ def start_run(folder: str, *, tensorboard_dir: str | None, config: dict[str, Any
     path = Path(folder)
     if distributed.is_main() and split is not None:
         split.save(path / SPLIT)
-    results = {"format": 1, "config": config, "split_hash": split.hash if split else None, "versions": versions(device)}
+    results = {"format": 1, "config": config, "processes": distributed.world_size(), "split_hash": split.hash if split else None,
+               "versions": versions(device)}
     return Run(path, tensorboard_dir=Path(tensorboard_dir) if tensorboard_dir else None, results=results)
 
 

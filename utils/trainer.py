@@ -18,7 +18,7 @@ from utils.methods.bad_steps import all_finite
 from utils.optim import build_optimizer, build_scheduler
 from utils.restore import describe, require_same_hold_out
 from utils.rng import make_deterministic, rng_state, seed_all, set_rng_state
-from utils.run import Run, plain, start_run
+from utils.run import Run, finished, plain, start_run
 from utils.signals import StopSignals
 from utils.training_forward import training_forward
 
@@ -60,7 +60,7 @@ def prepare(args: argparse.Namespace, data, device: torch.device, saved: dict[st
                     device=device)
     method = build_method(args, model, optimizer, network=distributed.wrap(forward, device), teacher=teacher)
     trainer = Trainer(method, data, run, scheduler=scheduler, description=describe(args, model, data), epochs=args.epochs,
-                      start_epoch=args.start_epoch, print_freq=args.print_freq)
+                      start_epoch=args.start_epoch, print_freq=args.print_freq, paper_protocol=args.paper_protocol)
     if saved:
         trainer.resume(saved)
     elif args.resume:
@@ -78,15 +78,19 @@ class Trainer:
         description: what a checkpoint says about the network besides its weights.
         epochs, start_epoch: train epochs start_epoch ... epochs - 1.
         print_freq: steps between looks at the loss; nothing else in an epoch waits for the device.
+        paper_protocol: read the test set after every epoch and keep the weights it likes best as well, as the released code does.
     """
 
     def __init__(self, method: Method, data, run: Run, *, scheduler: torch.optim.lr_scheduler.LRScheduler,
-                 description: dict[str, Any], epochs: int, start_epoch: int = 0, print_freq: int = 10) -> None:
+                 description: dict[str, Any], epochs: int, start_epoch: int = 0, print_freq: int = 10,
+                 paper_protocol: bool = False) -> None:
         self.method, self.data, self.run, self.description = method, data, run, description
         self.model, self.optimizer, self.scheduler = method.model, method.optimizer, scheduler
         self.epochs, self.epoch, self.print_freq = epochs, start_epoch, print_freq
         self.device = next(self.model.parameters()).device
-        self.best = {"epoch": 0, "top1": -1.0, "chosen_on": "hold-out" if data.n_valid else "last epoch"}
+        self.paper_protocol = paper_protocol
+        hold_out = "augmented hold-out" if paper_protocol else "hold-out"
+        self.best = {"epoch": 0, "top1": -1.0, "chosen_on": hold_out if data.n_valid else "last epoch"}
         self.history: list[dict[str, Any]] = []
         self.figures = EpochFigures(self.model.n_exits, self.device)   # of the epoch under way: its steps are the place in it
         self.optimizer.step()   # no gradients yet: moves nothing, but the schedule expects it in front of its own first step
@@ -100,6 +104,10 @@ class Trainer:
             TrainingDiverged: when a loss or a weight is no longer finite; nothing is saved then.
         """
         signals = signals or StopSignals()
+        if self.paper_protocol and distributed.is_main():
+            self.run.log.info("--paper_protocol: the test set is read after every epoch and chooses %s, and the hold-out, if "
+                              "any, is augmented, as in the released code; for comparison with the paper only",
+                              checkpoint.TEST_BEST)
         try:
             while self.epoch < self.epochs:
                 if self._stop(signals):   # the end of the last epoch is saved already
@@ -127,7 +135,9 @@ class Trainer:
         return f"step {self.figures.steps} of epoch {self.epoch + 1}" if self.figures.steps else f"the end of epoch {self.epoch}"
 
     def test(self) -> None:
-        """Accuracy of the last epoch's network on the test set, which nothing before has looked at."""
+        """Accuracy of the last epoch's network on the test set, which nothing but --paper_protocol has looked at before."""
+        if finished(self.run.folder, self.epoch):
+            return
         about = header({**self.content(), "epoch_kind": "last epoch"}, self.run.folder, self.model, self.data)
         self.run.results["test"] = evaluate_anytime(self.model, self.data, self.run.folder, about=about)
         self.run.save_results()
@@ -152,7 +162,7 @@ class Trainer:
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"{source} cannot be resumed: {type(error).__name__} {error}") from error
         self.epoch, self.best, self.history = saved["epoch"], state["best"], state["history"]
-        self.run.results |= {"epochs": self.history, "best": self.best}   # the run may have been killed before it wrote them
+        self._note_results()   # the run may have been killed before it wrote them
         if distributed.is_main():
             self.run.log.info("resuming at %s", self._place())
 
@@ -193,7 +203,9 @@ class Trainer:
                  "skipped_steps": figures.skipped, "seconds": round(figures.seconds, 3),
                  "images_per_s": round(self.data.n_train / figures.seconds, 1)}
         distributed.share_buffers(self.model)
-        entry["valid_top1"] = predict(self.model, self.data.valid()).top1 if self.data.n_valid else None
+        entry["valid_top1"] = predict(self.model, self.data.valid(self.epoch)).top1 if self.data.n_valid else None
+        if self.paper_protocol:
+            entry["test_top1"] = predict(self.model, self.data.test()).top1
         self._advance_schedules()
         self.epoch += 1
         self.figures = EpochFigures(self.model.n_exits, self.device)
@@ -204,15 +216,21 @@ class Trainer:
         if is_best:
             self.best |= {"epoch": self.epoch, "top1": entry["train_top1"][-1] if score is None else score}
         self._report(entry)
-        self._save(is_best)
-        self.run.results |= {"epochs": self.history, "best": self.best}
+        self._save(is_best, is_test_best=self.paper_protocol and best_on_test(self.history) is entry)
+        self._note_results()
         self.run.save_results()
 
     def _advance_schedules(self) -> None:
         self.scheduler.step()
         self.method.end_epoch()
 
-    def _save(self, is_best: bool = False) -> None:
+    def _note_results(self) -> None:
+        self.run.results |= {"epochs": self.history, "best": self.best}
+        if self.paper_protocol and self.history:
+            chosen = best_on_test(self.history)
+            self.run.results["best_on_test"] = {"epoch": chosen["epoch"], "top1": chosen["test_top1"], "chosen_on": "test set"}
+
+    def _save(self, is_best: bool = False, is_test_best: bool = False) -> None:
         figures = self.figures.state_dict()   # of all processes, so that all of them have to come here
         if not distributed.is_main():
             return
@@ -220,6 +238,8 @@ class Trainer:
         # The best one first: killed between the two, the run repeats this epoch and writes both again.
         if is_best:
             checkpoint.save(self.run.folder / checkpoint.BEST, content)
+        if is_test_best:
+            checkpoint.save(self.run.folder / checkpoint.TEST_BEST, {**content, "epoch_kind": "best on test set"})
         checkpoint.save_latest(self.run.folder, {**content, "training": self._training_state(figures)})
 
     def content(self) -> dict[str, Any]:
@@ -227,8 +247,8 @@ class Trainer:
         kind = "last epoch" if self.epoch == self.epochs else "epoch"
         if self.figures.steps:
             kind = self._place()
-        elif self.best["chosen_on"] == "hold-out" and self.best["epoch"] == self.epoch:
-            kind = "best on hold-out"
+        elif self.data.n_valid and self.best["epoch"] == self.epoch:
+            kind = f"best on {self.best['chosen_on']}"
         return {"state_dict": self.model.backbone.state_dict(), **self.description, "epoch": self.epoch, "epoch_kind": kind}
 
     def _training_state(self, figures: dict[str, Any]) -> dict[str, Any]:
@@ -241,13 +261,21 @@ class Trainer:
         line = (f"epoch {entry['epoch']}/{self.epochs}  lr {entry['lr']:.4g}  {entry['images_per_s']:.0f} images/s  "
                 f"ETA {tqdm.format_interval(eta)}  train top-1 {_join(entry['train_top1'])}")
         if entry["valid_top1"]:
-            line += f"  hold-out top-1 {_join(entry['valid_top1'])}"
+            line += f"  {'augmented ' if self.paper_protocol else ''}hold-out top-1 {_join(entry['valid_top1'])}"
+        if self.paper_protocol:
+            line += (f"  test top-1 {_join(entry['test_top1'])} (test data choose {checkpoint.TEST_BEST}: "
+                     f"epoch {best_on_test(self.history)['epoch']} so far)")
         if distributed.is_main():
             self.run.log.info(line)
         scalars = {"lr": entry["lr"], "images_per_s": entry["images_per_s"]}
-        for name in ("train_loss", "train_top1", "valid_share", "valid_top1"):
-            scalars |= {f"{name}/exit{n + 1}": value for n, value in enumerate(entry[name] or [])}
+        for name in ("train_loss", "train_top1", "valid_share", "valid_top1", "test_top1"):
+            scalars |= {f"{name}/exit{n + 1}": value for n, value in enumerate(entry.get(name) or [])}
         self.run.scalars(scalars, entry["epoch"])
+
+
+def best_on_test(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first epoch with the best accuracy of the last exit on the test set."""
+    return max(history, key=lambda entry: entry["test_top1"][-1])
 
 
 def _join(values: list[float]) -> str:

@@ -1,0 +1,76 @@
+"""The ablation script's runs and their figure."""
+from __future__ import annotations
+
+from test_report import write_run
+from test_scripts import commands, flags
+from tiny import one_line_error
+
+from utils import ablation
+
+SETTINGS = {"reference": "", "t0": "--ensemble_reweight 0", "joint": "--method joint", "t1": "--ensemble_reweight 1",
+            "b256": "--batch-size 256", "plain": "--arch msdnet", "free": "--trainable_ensemble"}
+
+
+def write_runs(folder, *names, more=""):
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        write_run(folder / name, flags=f"{SETTINGS[name]} {more}")
+    return folder
+
+
+def test_the_script_varies_one_factor_at_a_time_around_one_reference(tmp_path):
+    *trainings, figure = commands("msdnet_scripts/ablation_cifar100.sh", "--epochs", "3", cwd=tmp_path, RESULT_ROOT=str(tmp_path))
+    places = []
+    for command in trainings:
+        args = flags(command)
+        assert (args.epochs, args.resume, args.nBlocks) == (3, True, 10)
+        assert args.result_dir.startswith(f"{tmp_path}/ablation_cifar100/")
+        places.append((args.ensemble_reweight[0], args.batch_size, args.arch, args.trainable_ensemble))
+    reference = (0.5, 64, "msdnet_ge", False)
+    assert places[0] == reference and len(set(places)) == len(places) == 10
+    assert all(sum(a != b for a, b in zip(place, reference)) == 1 for place in places[1:])
+    assert {place[0] for place in places} == {0, 0.2, 0.5, 0.8, 1} and {place[1] for place in places} == {32, 64, 128, 256}
+    assert figure[1:] == ["-m", "utils.ablation", f"{tmp_path}/ablation_cifar100"]
+    assert len({flags(command).result_dir for command in trainings}) == 10
+
+
+def test_every_panel_has_the_reference_and_its_own_runs(tmp_path):
+    runs = ablation.read_runs(write_runs(tmp_path / "runs", "reference", "t0", "t1", "b256", "plain", "free"))
+    assert [list(ablation.panel_runs(runs, panel)) for panel in ablation.PANELS] == [
+        [0, 0.5, 1], [64, 256], ["as proposed", "without rescaling", "trainable sum"]]
+    figure = ablation.draw(runs)
+    for axes in figure.axes:
+        assert "MACs" in axes.get_xlabel() and all(len(line.get_xdata()) == 10 for line in axes.lines)
+    assert "top-1" in figure.axes[0].get_ylabel() and "CIFAR-100" in figure.get_suptitle()
+
+
+def test_joint_training_is_temperature_zero(tmp_path):
+    runs = ablation.read_runs(write_runs(tmp_path / "runs", "reference", "joint"))
+    assert list(ablation.panel_runs(runs, "temperature")) == [0, 0.5]
+
+
+def test_the_figure_is_written_where_it_is_asked_for(tmp_path, capsys):
+    folder = write_runs(tmp_path / "runs", "reference", "t1")
+    assert ablation.main([str(folder), "--output", str(tmp_path / "figures" / "a.png")]) == 0
+    assert (tmp_path / "figures" / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == f"{tmp_path / 'figures' / 'a.png'}\n"
+
+
+def test_folders_that_make_no_ablation_are_refused(tmp_path, capsys):
+    def refused(folder) -> str:
+        return one_line_error(capsys, lambda: ablation.main([str(folder)]))
+
+    assert "not a folder" in refused(tmp_path / "nowhere")
+    assert "no finished run with temperature 0.5" in refused(write_runs(tmp_path / "a", "t1"))
+    folder = write_runs(tmp_path / "b", "reference")
+    write_runs(folder, "t1", more="--lr_f 0.2")
+    assert "differ in lr_f" in refused(folder)
+    folder = write_runs(tmp_path / "c", "reference")
+    write_run(folder / "ranet", network="ranet")
+    assert "none of the settings" in refused(folder)
+
+
+def test_runs_of_another_seed_are_no_part_of_it(tmp_path, capsys):
+    folder = write_runs(tmp_path / "d", "reference")
+    write_runs(folder, "t1", more="--seed 1")
+    assert "differ in seed" in one_line_error(capsys, lambda: ablation.main([str(folder)]))

@@ -1,0 +1,99 @@
+"""What is published of a network is small, whole, and draws its curves without the network."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import command, make_images, one_line_error
+
+import eval_cifar100
+import train_cifar100
+from utils import checkpoint, publish
+from utils.plots import main as plots
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "boost"
+    assert train_cifar100.main(command(images, folder)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published(images, run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published") / "boost"
+    for mode, name in (("anytime", checkpoint.LATEST), ("dynamic", checkpoint.BEST)):
+        assert eval_cifar100.main(["--data-root", str(images), "--evaluate-from", str(run / name), "--device", "cpu",
+                                   "--publish", str(folder), "--evalmode", mode]) == 0
+    return folder
+
+
+def test_everything_lies_in_one_folder_and_can_be_drawn(published, run, images):
+    assert {path.name for path in published.iterdir()} == {
+        "model_anytime.pth", "model_dynamic.pth", "arrays_anytime.npz", "arrays_dynamic.npz", "anytime.json", "dynamic.json",
+        "dynamic_released.json", "results.json"}
+    results, original = (json.loads((folder / "results.json").read_text()) for folder in (published, run))
+    assert results["config"].pop("result_dir") == "boost" and results["config"].pop("data_root") == images.name
+    original["config"] = {name: value for name, value in original["config"].items() if name not in ("result_dir", "data_root")}
+    assert results == original
+    assert plots([str(published), "--output", str(published.parent)]) == 0
+
+
+def test_kernels_are_in_half_precision_and_nothing_is_left_of_training(published, run):
+    full, half = checkpoint.load(run / checkpoint.LATEST), checkpoint.load(published / "model_anytime.pth")
+    assert "training" not in half and half["epoch"] == full["epoch"] and half["split"]["hash"] == full["split"]["hash"]
+    for name, tensor in half["state_dict"].items():
+        assert tensor.dtype == (torch.float16 if tensor.ndim > 1 else full["state_dict"][name].dtype), name
+        assert torch.allclose(tensor.float(), full["state_dict"][name].float(), rtol=1e-3, atol=1e-4)
+
+
+def test_published_figures_are_those_of_the_half_precision_file(images, published, tmp_path):
+    assert eval_cifar100.main(["--data-root", str(images), "--evaluate-from", str(published / "model_anytime.pth"),
+                               "--result_dir", str(tmp_path), "--device", "cpu"]) == 0
+    again, stated = (json.loads((folder / "anytime.json").read_text()) for folder in (tmp_path, published))
+    assert again["top1"] == stated["top1"] and again["top5"] == stated["top5"]
+    assert stated["precision"] == "half" and len(stated["top1_float32"]) == 2
+
+
+def test_curves_come_back_from_the_arrays_alone(published, tmp_path, capsys):
+    names = ("anytime.json", "dynamic.json", "dynamic_released.json")
+    for name in ("arrays_anytime.npz", "arrays_dynamic.npz"):
+        (tmp_path / name).write_bytes((published / name).read_bytes())
+    assert publish.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in names]
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (published / name).read_bytes()
+    assert len(json.loads((tmp_path / "dynamic.json").read_text())["points"]) == 40
+
+
+def test_arrays_hold_half_confidences_and_one_bit_for_each_answer(published):
+    about, parts = publish.load_arrays(published / "arrays_dynamic.npz")
+    assert about["n_test"] == 12 and parts["test"].confidence.shape == (2, 12) and parts["valid"].correct.shape == (2, 8)
+    assert (published / "arrays_dynamic.npz").stat().st_size < 4000
+
+
+@pytest.mark.parametrize("damage", ["missing", "other", "cut"])
+def test_folders_without_arrays_end_with_one_line(published, tmp_path, capsys, damage):
+    if damage != "missing":
+        whole = (published / "arrays_anytime.npz").read_bytes()
+        (tmp_path / "arrays_anytime.npz").write_bytes(b"no" if damage == "other" else whole[:-100])
+    message = one_line_error(capsys, lambda: publish.main([str(tmp_path)]))
+    assert ("has no arrays" if damage == "missing" else "not a file of published arrays") in message
+
+
+def test_a_network_without_hold_out_cannot_be_published_as_budgeted(images, tmp_path, capsys):
+    line = command(images, tmp_path / "all", "--epochs", "1")
+    start = line.index("--use-valid")
+    del line[start:start + 3]   # with its --valid_size
+    assert train_cifar100.main(line) == 0
+    capsys.readouterr()
+    flags = ["--data-root", str(images), "--evaluate-from", str(tmp_path / "all" / checkpoint.BEST), "--device", "cpu",
+             "--publish", str(tmp_path / "out")]
+    assert "--use-valid" in one_line_error(capsys, lambda: eval_cifar100.main([*flags, "--evalmode", "dynamic"]))
+    assert eval_cifar100.main(flags) == 0

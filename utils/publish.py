@@ -1,0 +1,164 @@
+"""Publish an evaluated network: its weights in half precision, and arrays from which its curves are drawn again in seconds.
+
+    python eval_cifar100.py --data-root data --evaluate-from RUN/model_latest.pth --publish published/boost
+    python eval_cifar100.py --data-root data --evaluate-from RUN/model_best.pth --publish published/boost --evalmode dynamic
+    python -m utils.publish published/boost       # writes the curves anew: neither data, network nor weights are needed
+
+The first command writes model_anytime.pth, arrays_anytime.npz and anytime.json, the second model_dynamic.pth,
+arrays_dynamic.npz, dynamic.json and dynamic_released.json. All figures are those of the half-precision file and of the arrays.
+"""
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from adaptive_inference import budget_curve, released_curve
+from models import BoostedNet
+from utils import checkpoint
+from utils.cli import OneLineParser
+from utils.engine import Predictions, predict
+from utils.errors import UserError, user_errors
+from utils.files import atomic_write
+from utils.operating_points import finite, require_hold_out
+from utils.run import RESULTS, write_json
+from utils.tables import format_table
+
+# Flags that say where things lie on the machine of the run.
+PATHS = ("result_dir", "tensorboard_dir", "data_root", "checkpoint")
+
+
+class Arrays(NamedTuple):
+    """What a network said about one set of images.
+
+    Attributes:
+        confidence: (n_exits, N) float32, rounded to the half precision that the file has.
+        correct: (n_exits, N) bool.
+    """
+
+    confidence: np.ndarray
+    correct: np.ndarray
+
+    @classmethod
+    def of(cls, found: Predictions) -> Arrays:
+        return cls(found.confidence.half().float().numpy(), found.correct.numpy())
+
+    @property
+    def top1(self) -> list[float]:
+        """Percent correct at every exit."""
+        return (100 * self.correct.mean(axis=1)).tolist()
+
+
+def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Kernels and matrices in half precision; vectors (batch norm, biases) are few and may be tiny or large: they stay."""
+    return {name: tensor.half() if tensor.is_floating_point() and tensor.ndim > 1 else tensor for name, tensor in weights.items()}
+
+
+def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, about: dict[str, Any], source: Path,
+            dynamic: bool) -> None:
+    """Write all that is published of a checkpoint, and print what half precision changes.
+
+    Args:
+        model: the checkpoint's network; it ends with the rounded weights.
+        saved: content of the checkpoint.
+        about: from `utils.evaluation.header`.
+        source: folder of the run, with its results.json.
+        dynamic: budgeted batch with hold-out and released sweep, in place of anytime prediction.
+    Raises:
+        UserError: when thresholds are to be fitted and nothing is held out.
+    """
+    if dynamic:
+        require_hold_out(data)
+    full = predict(model, data.test())
+    content = {name: value for name, value in saved.items() if name != "training"}
+    content["state_dict"] = half(model.backbone.state_dict())
+    model.backbone.load_state_dict(content["state_dict"])
+    rounded = predict(model, data.test())
+    parts = {"test": Arrays.of(rounded)} | ({"valid": Arrays.of(predict(model, data.valid()))} if dynamic else {})
+    about = {**about, "precision": "half", "top1_float32": full.top1, "top5": rounded.top5.tolist()}
+    kind = "dynamic" if dynamic else "anytime"
+    checkpoint.save(folder / f"model_{kind}.pth", content)
+    save_arrays(folder / f"arrays_{kind}.npz", about, parts)
+    if (source / RESULTS).is_file() and source.resolve() != folder.resolve():
+        write_json(folder / RESULTS, without_folders(json.loads((source / RESULTS).read_text())))
+    redraw(folder, kind)
+    changed = (full.correct != rounded.correct).sum(dim=1).tolist()
+    print(format_table(["exit", "float32 top-1 %", "half top-1 %", "answers changed"],
+                       [[n + 1, f"{a:.2f}", f"{b:.2f}", c] for n, (a, b, c) in enumerate(zip(full.top1, rounded.top1, changed))],
+                       title=f"\n{folder}: {data.n_test} test images; an answer changed where it became right or wrong"))
+
+
+def without_folders(results: dict[str, Any]) -> dict[str, Any]:
+    """results.json with the names of folders in place of their paths, which are nobody's concern."""
+    config = {name: Path(value).name if name in PATHS and value else value for name, value in results["config"].items()}
+    return {**results, "config": config}
+
+
+def save_arrays(path: Path, about: dict[str, Any], parts: dict[str, Arrays]) -> None:
+    """Write confidences in half precision and one bit for each answer."""
+    arrays = {"about": np.array(json.dumps(about))}
+    for name, part in parts.items():
+        arrays |= {f"{name}_confidence": part.confidence.astype(np.float16), f"{name}_correct": np.packbits(part.correct, axis=1)}
+    with atomic_write(path) as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_arrays(path: Path) -> tuple[dict[str, Any], dict[str, Arrays]]:
+    """Inverse of `save_arrays`.
+
+    Raises:
+        UserError: when the file is something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            about, parts = json.loads(str(file["about"])), {}
+            for name in ("test", "valid"):
+                if f"{name}_confidence" in file:
+                    confidence = file[f"{name}_confidence"].astype(np.float32)
+                    correct = np.unpackbits(file[f"{name}_correct"], axis=1, count=confidence.shape[1]).astype(bool)
+                    parts[name] = Arrays(confidence, correct)
+        return about, parts
+    except Exception as error:   # zipfile, NumPy and json have a dozen ways to say it
+        raise UserError(f"{path} is not a file of published arrays: {error}") from error
+
+
+def redraw(folder: Path, kind: str) -> list[Path]:
+    """Write the curves of `kind` ("anytime" or "dynamic") from the arrays in `folder`, and return their files."""
+    about, parts = load_arrays(folder / f"arrays_{kind}.npz")
+    test = parts["test"]
+    top5 = about.pop("top5")
+    if kind == "anytime":
+        curves = {"anytime": {**about, "top1": test.top1, "top5": top5}}
+    else:
+        both = (*parts["valid"], *test, about["macs"])
+        curves = {name: {**about, "family": family, "flat": False, "augmented_hold_out": False,
+                         "points": [{**point, "thresholds": finite(point["thresholds"])} for point in points]}
+                  for name, family, points in (("dynamic", "eq9", budget_curve(*both)),
+                                               ("dynamic_released", "released", released_curve(*both)))}
+    for name, curve in curves.items():
+        write_json(folder / f"{name}.json", curve)
+    return [folder / f"{name}.json" for name in curves]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = OneLineParser("python -m utils.publish", description="Write the curves of published arrays anew.")
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="folder with arrays_anytime.npz or arrays_dynamic.npz")
+    args = parser.parse_args(argv)
+    with user_errors():
+        for folder in map(Path, args.folders):
+            kinds = [kind for kind in ("anytime", "dynamic") if (folder / f"arrays_{kind}.npz").is_file()]
+            if not kinds:
+                raise UserError(f"{folder} has no arrays_anytime.npz or arrays_dynamic.npz; evaluation with --publish "
+                                "writes them")
+            for kind in kinds:
+                print(*redraw(folder, kind), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
