@@ -19,7 +19,7 @@ from utils.decoders import DECODERS, evaluation_crop, random_box, sample_generat
 from utils.errors import UserError
 from utils.listing import Listing
 from utils.sampling import Plan
-from utils.signals import leave_signals_to_parent
+from utils.signals import held_back, leave_signals_to_parent
 
 logger = logging.getLogger("boostnet")
 
@@ -101,7 +101,9 @@ class FolderImages:
         return self._stream(plan, (seed, epoch))
 
     def _stream(self, plan: Plan, draws: tuple[int, int] | None) -> Iterator[tuple[Tensor, Tensor]]:
-        for crops in self.load(plan, draws):
+        with held_back():   # a worker killed before it knows what to do with a signal would end the run
+            batches = iter(self.load(plan, draws))
+        for crops in batches:
             self._note(crops)
             pixels = crops.pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
             yield self.normalise(pixels), self.labels[crops.index].to(self.device, non_blocking=True)
