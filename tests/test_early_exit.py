@@ -76,7 +76,7 @@ def assert_as_simulated(results: Exits, confidence: np.ndarray, prediction: np.n
     near = np.abs(confidence[first, samples] - thresholds[first]) <= rounding
     assert not (differs & ~near).any(), f"samples {np.flatnonzero(differs & ~near)} differ from the simulation"
     same = ~differs
-    assert np.abs(results.confidence.numpy() - confidence[expected, samples])[same].max(initial=0) <= rounding
+    assert np.abs(results.confidence.numpy() - confidence[expected, samples])[same].max(initial=0) <= 10 * rounding
     return int(differs.sum())
 
 
@@ -308,7 +308,7 @@ def test_compiled_steps_leave_rows_where_their_own_simulation_says(images):
 @pytest.mark.realdata
 @pytest.mark.parametrize("run", ["msdnet_boost", "ranet_boost"])
 def test_trained_networks_leave_as_simulated_for_all_budgets_and_batch_sizes(run):
-    model, saved = load_model(RUNS / run / "model_half.pth")
+    model, saved = load_model(RUNS / run / "model_anytime.pth")
     data = build_data(dataset="cifar100", data_root=Path(os.environ["BOOSTNET_TEST_DATA"]) / "cifar100", eval_batch_size=256,
                       split=Split.from_dict(saved["split"]), quiet=True)
     macs = measure_model(model, 32, 32)[0]
