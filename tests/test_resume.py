@@ -1,6 +1,7 @@
 """A run that is stopped anywhere and resumed ends with the bits of a run that never stopped."""
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -274,3 +275,11 @@ def test_checkpoints_hold_plain_types_only(finished):
         found = set(kinds(torch.load(finished / name, weights_only=True)))
         assert {kind.__name__ for kind in found} <= {"dict", "OrderedDict", "Counter", "list", "tuple", "str", "int", "float",
                                                       "bool", "NoneType", "Tensor"}
+
+
+def test_a_resumed_run_still_says_what_it_began_with(images, finished, tmp_path):
+    start = str(finished / checkpoint.LATEST)
+    assert train_cifar100.main(command(images, tmp_path / "run", "--checkpoint", start, "--start-epoch", "1")) == 0
+    assert train_cifar100.main(command(images, tmp_path / "run", "--resume", "--epochs", "3")) == 0
+    config = json.loads((tmp_path / "run" / "results.json").read_text())["config"]
+    assert (config["checkpoint"], config["start_epoch"], config["epochs"]) == (start, 1, 3)

@@ -56,8 +56,11 @@ def prepare(args: argparse.Namespace, data, device: torch.device, saved: dict[st
                                 weight_decay=args.weight_decay)
     scheduler = build_scheduler(optimizer, kind=args.lr_type, milestones=args.lr_milestones, decay_rate=args.decay_rate,
                                 epochs=args.epochs)
-    run = start_run(args.result_dir, tensorboard_dir=args.tensorboard_dir, config=plain(vars(args)), split=data.split,
-                    device=device)
+    config = plain(vars(args))
+    if saved:   # where the run began, a command with --resume does not say again
+        config |= {name: saved["training"]["config"][name] for name in ("checkpoint", "start_epoch")
+                   if name in saved["training"]["config"]}
+    run = start_run(args.result_dir, tensorboard_dir=args.tensorboard_dir, config=config, split=data.split, device=device)
     method = build_method(args, model, optimizer, network=distributed.wrap(forward, device), teacher=teacher)
     trainer = Trainer(method, data, run, scheduler=scheduler, description=describe(args, model, data), epochs=args.epochs,
                       start_epoch=args.start_epoch, print_freq=args.print_freq, paper_protocol=args.paper_protocol)
