@@ -302,7 +302,8 @@ def require_unchanged(args: Namespace, before: dict[str, Any], epochs_done: int)
         epochs_done: complete epochs of that run.
     """
     parser = build_parser()
-    free = FREE_ON_RESUME | ({"epochs"} if args.lr_type == "multistep" else set())
+    cosine = args.lr_type == "cosine" or "meta_lr" in METHODS[args.method].flags   # which falls to 0 at the last epoch
+    free = FREE_ON_RESUME if cosine else FREE_ON_RESUME | {"epochs"}
     changed = []
     for name, default in vars(parser.parse_args([])).items():
         now, then = getattr(args, name), before.get(name, default)

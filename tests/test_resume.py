@@ -283,3 +283,10 @@ def test_a_resumed_run_still_says_what_it_began_with(images, finished, tmp_path)
     assert train_cifar100.main(command(images, tmp_path / "run", "--resume", "--epochs", "3")) == 0
     config = json.loads((tmp_path / "run" / "results.json").read_text())["config"]
     assert (config["checkpoint"], config["start_epoch"], config["epochs"]) == (start, 1, 3)
+
+
+def test_the_number_of_epochs_makes_the_schedule_of_the_weight_network(capsys):
+    flags = ["--method", "l2w", "--result_dir", "run", "--epochs"]
+    before = vars(cli.parse_args([*flags, "2"]))
+    message = one_line_error(capsys, lambda: cli.require_unchanged(cli.parse_args([*flags, "3", "--resume"]), before, 2))
+    assert "--epochs 3 (was 2)" in message
