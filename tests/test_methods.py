@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import command, differences, make_images, one_line_error, outcome, signal_at_step
 
+import args as cli
 import eval_cifar100
 import train_cifar100
 from adaptive_inference import EarlyExit
@@ -309,3 +310,9 @@ def test_a_method_for_one_process_says_so_to_several(images, finished, tmp_path,
     more = {"block_losses": ["--overlap", "1"], "imta": ["--checkpoint", "x.pth"]}.get(method, [])
     message = one_line_error(capsys, lambda: train_cifar100.main(command(images, tmp_path, "--method", method, *more)))
     assert ("trains in one process only" in message) == (method in ("l2w", "boost_l2w", "block_losses", "imta"))
+
+
+def test_collaboration_refuses_batches_that_it_would_all_leave_out(capsys):
+    flags = "--method imta --checkpoint file.pth --result_dir run --batch-size".split()
+    assert "at least 2 images" in one_line_error(capsys, lambda: cli.parse_args([*flags, "1"]))
+    assert cli.parse_args([*flags, "2"]).batch_size == 2
