@@ -74,3 +74,10 @@ def test_runs_of_another_seed_are_no_part_of_it(tmp_path, capsys):
     folder = write_runs(tmp_path / "d", "reference")
     write_runs(folder, "t1", more="--seed 1")
     assert "differ in seed" in one_line_error(capsys, lambda: ablation.main([str(folder)]))
+
+
+def test_methods_that_the_paper_does_not_vary_are_no_part_of_it(tmp_path, capsys):
+    for i, method in enumerate(("l2w", "boost_l2w")):
+        folder = write_runs(tmp_path / str(i), "reference")
+        write_run(folder / "zzz", flags=f"--method {method}")
+        assert f"--method {method}" in one_line_error(capsys, lambda folder=folder: ablation.main([str(folder)]))

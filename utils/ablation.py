@@ -31,6 +31,8 @@ def factors(run: Run) -> dict[str, float | str]:
         UserError: when it is none of the paper's settings.
     """
     settings = run.settings
+    if run.method not in ("boost", "joint"):
+        raise UserError(f"{run.folder} is none of the settings of this ablation: it was trained with --method {run.method}")
     temperatures = {0.0} if run.method == "joint" else set(settings["ensemble_reweight"])
     switches = {("msdnet_ge", False): "as proposed", ("msdnet", False): "without rescaling",
                 ("msdnet_ge", True): "trainable sum"}
