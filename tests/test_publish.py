@@ -97,3 +97,17 @@ def test_a_network_without_hold_out_cannot_be_published_as_budgeted(images, tmp_
              "--publish", str(tmp_path / "out")]
     assert "--use-valid" in one_line_error(capsys, lambda: eval_cifar100.main([*flags, "--evalmode", "dynamic"]))
     assert eval_cifar100.main(flags) == 0
+
+
+def test_a_checkpoint_that_does_not_describe_itself_cannot_be_published(images, run, tmp_path, capsys):
+    torch.save({"state_dict": checkpoint.load(run / checkpoint.LATEST)["state_dict"]}, tmp_path / "released.pth")
+    message = one_line_error(capsys, lambda: eval_cifar100.main(
+        ["--dataset", "folder", "--data-root", str(images), "--evaluate-from", str(tmp_path / "released.pth"), "--device", "cpu",
+         "--arch", "msdnet_ge", "--nBlocks", "2", "--base", "1", "--step", "1", "--nChannels", "4",
+         "--publish", str(tmp_path / "published")]))
+    assert "says nothing about its network" in message and not list(tmp_path.glob("published/*"))
+
+
+def test_no_flag_keeps_the_folder_of_the_runs_machine():
+    config = {name: f"/home/somebody/{name}" for name in ("data_root", "checkpoint", "teacher", "result_dir", "tensorboard_dir")}
+    assert publish.without_folders({"config": config})["config"] == {name: name for name in config}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adaptive_inference import budget_curve, released_curve
 from models import BoostedNet
-from utils import checkpoint
+from utils import checkpoint, distributed
 from utils.cli import OneLineParser
 from utils.engine import Predictions, predict
 from utils.errors import UserError, user_errors
@@ -30,7 +30,7 @@ from utils.run import RESULTS, write_json
 from utils.tables import format_table
 
 # Flags that say where things lie on the machine of the run.
-PATHS = ("result_dir", "tensorboard_dir", "data_root", "checkpoint")
+PATHS = ("result_dir", "tensorboard_dir", "data_root", "checkpoint", "teacher")
 
 
 class Arrays(NamedTuple):
@@ -70,8 +70,10 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
         source: folder of the run, with its results.json.
         dynamic: budgeted batch with hold-out and released sweep, in place of anytime prediction.
     Raises:
-        UserError: when thresholds are to be fitted and nothing is held out.
+        UserError: for a checkpoint without its network's description, or thresholds to be fitted with nothing held out.
     """
+    if "architecture" not in saved:   # a file that no program here could read again
+        raise UserError("--publish is for checkpoints of training runs here; this one says nothing about its network")
     if dynamic:
         require_hold_out(data)
     full = predict(model, data.test())
@@ -82,6 +84,8 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
     parts = {"test": Arrays.of(rounded)} | ({"valid": Arrays.of(predict(model, data.valid()))} if dynamic else {})
     about = {**about, "precision": "half", "top1_float32": full.top1, "top5": rounded.top5.tolist()}
     kind = "dynamic" if dynamic else "anytime"
+    if not distributed.is_main():
+        return
     checkpoint.save(folder / f"model_{kind}.pth", content)
     save_arrays(folder / f"arrays_{kind}.npz", about, parts)
     if (source / RESULTS).is_file() and source.resolve() != folder.resolve():
