@@ -14,6 +14,7 @@ from dataloader import build_data
 from models import BoostedNet, MSDNet, RANet, read_as
 from utils import flags, operating_points, reading
 from utils.classify import read_images
+from utils.errors import UserError
 from utils.inference import load_model, prepare_for_inference
 from utils.plots import labels, read_results
 from utils.split import Split
@@ -307,10 +308,27 @@ def test_stored_points_are_taken_only_for_the_same_way_of_reading(images, joint,
     assert len(operating_points.stored(tmp_path, saved, **usual)) == len(operating_points.stored(tmp_path, saved)) == 40
     for other in ({"temperatures": [1.0] * 3}, {"ensemble": "average"}, {"policy": "margin"}):
         assert operating_points.stored(tmp_path, saved, **usual | other) == []
+    for other in ({"method": "l2w"}, {"architecture": {**saved["architecture"], "nChannels": 8}}):   # a file of another network
+        assert operating_points.stored(tmp_path, saved | other) == []
     for name in ("ensemble", "policy"):   # a file from before there was a choice
         del content[name]
     (tmp_path / "dynamic.json").write_text(json.dumps(content))
     assert len(operating_points.stored(tmp_path, saved)) == 40
+
+
+@pytest.mark.parametrize("damage", [
+    lambda curve: [], lambda curve: None, lambda curve: {}, lambda curve: {**curve, "points": None},
+    lambda curve: {**curve, "points": [3]}, lambda curve: {**curve, "points": [{"budget": 1e6}]},
+    lambda curve: {**curve, "points": [{**curve["points"][0], "thresholds": [0.5]}]},
+    lambda curve: {**curve, "points": [{**curve["points"][0], "budget": 0}]},
+])
+def test_damaged_points_end_with_one_line(images, joint, tmp_path, damage):
+    evaluate(images, joint, "--evalmode", "dynamic", into=tmp_path)
+    _, saved = load_model(joint / "model_latest.pth")
+    path = tmp_path / "dynamic.json"
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(UserError, match="is damaged"):
+        operating_points.stored(tmp_path, saved)
 
 
 @pytest.mark.parametrize("flag", [("--ensemble", "average"), ("--policy", "entropy")])

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,15 +57,33 @@ def stored(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperature
     path = folder / f"dynamic{suffix}.json"
     try:
         curve = json.loads(path.read_text())
+        _check_curve(curve)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); evaluate with --evalmode dynamic again") from error
     split = saved.get("split")
     read = {"temperatures": list(temperatures or saved.get("temperatures") or []), "ensemble": ensemble, "policy": policy}
+    trained = {"method": saved.get("method"), "config": saved.get("architecture")}
     same = (curve.get("epoch") == saved.get("epoch") and all(curve.get(name, how) == how for name, how in read.items())
+            and all(how is None or curve.get(name) == how for name, how in trained.items())
             and curve.get("split_hash") == (split["hash"] if split else None))
     return curve["points"] if same and curve.get("family") == "eq9" and not curve.get("flat") else []
+
+
+def _check_curve(curve: Any) -> None:
+    """Raise ValueError where a curve lacks what is read of it; of points, only those by eq. 9 are read."""
+    if not isinstance(curve, dict) or not isinstance(curve.get("macs"), list) or not isinstance(curve.get("points"), list):
+        raise ValueError("it is no curve")
+    for point in curve["points"] if curve.get("family") == "eq9" else []:
+        thresholds = point.get("thresholds") if isinstance(point, dict) else None
+        numbers = [point.get("budget"), point.get("test_top1"), *thresholds] if isinstance(thresholds, list) else [None]
+        if len(numbers) != 2 + len(curve["macs"]) or not all(_is_number(x) for x in numbers) or point["budget"] <= 0:
+            raise ValueError("a point has not a budget, an accuracy and one threshold for each exit")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def choose(points: Sequence[dict[str, Any]], costs: Sequence[float], budget: float | None) -> dict[str, Any] | None:
