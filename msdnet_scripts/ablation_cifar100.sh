@@ -9,6 +9,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/recipes.sh"
 
 given=("$@")
+refuse --result_dir --method --arch --ensemble_reweight --batch-size --trainable_ensemble -- "$@"
 folder=$RESULT_ROOT/ablation_cifar100
 
 # setting NAME FLAG...: the run that these flags set apart from the others.

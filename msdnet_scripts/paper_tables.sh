@@ -9,6 +9,11 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../utils/shell.sh"
 
 given=("$@")
+refuse --result_dir --method --seed -- "$@"
+for seed in ${SEEDS-1 2}; do
+    [[ $seed =~ ^[1-9][0-9]*$ ]] || fail "SEEDS are numbers from 1 on with spaces between them, got '$seed'; seed 0 is always run"
+done
+[ -z "$(printf '%s\n' ${SEEDS-1 2} | sort | uniq -d)" ] || fail "SEEDS has a number twice: $SEEDS"
 python=$(python_path)
 tables=()
 msdnet_curves=()

@@ -166,6 +166,30 @@ def test_a_failing_run_stops_the_script_with_its_exit_code(tmp_path):
     assert (done.returncode, done.stdout) == (3, "started\n")
 
 
+def test_a_relative_interpreter_is_found_after_a_script_has_changed_the_folder(tmp_path):
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    for script in ("ablation_cifar100", "paper_tables"):
+        done = bash(ROOT / f"msdnet_scripts/{script}.sh", cwd=tmp_path, PYTHON="bin/python", RESULT_ROOT="runs")
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script, given, seeds, words", [
+    ("ablation_cifar100", ["--batch-size", "16"], "1", "--batch-size cannot be given"),
+    ("ablation_cifar100", ["--arch=ranet"], "1", "--arch cannot be given"),
+    ("paper_tables", ["--epochs", "3", "--seed", "3"], "1", "--seed cannot be given"),
+    ("paper_tables", ["--method", "joint"], "1", "--method cannot be given"),
+    ("paper_tables", [], "0 1", "got '0'"),
+    ("paper_tables", [], "1,2", "got '1,2'"),
+    ("paper_tables", [], "1 2 1", "a number twice"),
+])
+def test_what_would_make_two_runs_of_a_series_the_same_is_refused_at_once(tmp_path, script, given, seeds, words):
+    done = bash(ROOT / f"msdnet_scripts/{script}.sh", *given, cwd=tmp_path, DRY_RUN="1", SEEDS=seeds)
+    assert (done.returncode, done.stdout) == (2, "") and words in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_the_quickstart_trains_evaluates_both_modes_and_plots(tmp_path):
     train, anytime, dynamic, plots = commands("msdnet_scripts/quickstart.sh", "--epochs", "5", cwd=tmp_path,
                                               RESULT_ROOT=str(tmp_path))

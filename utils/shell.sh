@@ -14,10 +14,20 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
 RESULT_ROOT=${RESULT_ROOT:-$ROOT/results}
 case $RESULT_ROOT in /*) ;; *) RESULT_ROOT=$PWD/$RESULT_ROOT ;; esac
+case ${PYTHON:-} in [!/]*/*) PYTHON=$PWD/$PYTHON ;; esac # a path, and some scripts change the folder before they use it
 
 fail() {
     echo "$(basename "$0"): $*" >&2
     exit 2
+}
+
+# refuse FLAG... -- ARGUMENT...: end where an argument is one of these flags, which a script sets itself for every run.
+refuse() {
+    local flags=" " argument
+    while [ "$1" != -- ]; do flags+="$1 " && shift; done
+    for argument in "${@:2}"; do
+        case $flags in *" ${argument%%=*} "*) fail "${argument%%=*} cannot be given: it is what tells the runs apart" ;; esac
+    done
 }
 
 # The interpreter: the caller's choice, else the environment that prepare_environment made, else the system's.
