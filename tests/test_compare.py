@@ -16,6 +16,7 @@ import eval_cifar100
 import train_cifar100
 from utils import compare, comparison, footprint
 from utils.errors import UserError
+from utils.lock import locked
 
 ROOT = Path(__file__).parent.parent
 
@@ -95,6 +96,30 @@ def test_what_is_done_is_not_done_again(compared, images, calls, capsys):
     assert evaluation[1:5] == ["--evaluate-from", str(compared / "joint" / "model_latest.pth"), "--evalmode", "anytime"]
     assert evaluation[-2:] == ["--ensemble", "average"] and "--data-root" in evaluation and "--nBlocks" not in evaluation
     stale.touch()
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("anytime.json", {"epoch": 1}), ("dynamic.json", {"points": []}), ("dynamic.json", {"epoch": 1}),
+    ("dynamic.json", {"flat": True}), ("anytime_poe.json", {"ensemble": None}), ("anytime.json", None)])
+def test_evaluation_files_of_other_flags_are_written_again(compared, images, calls, name, changes):
+    path = compared / "joint" / name
+    usual = path.read_text()
+    path.write_text(json.dumps(changes and json.loads(usual) | changes))
+    compare.evaluate("joint", compared, [])
+    path.write_text(usual)
+    evaluation, = calls
+    assert evaluation[4] == name.partition(".")[0].partition("_")[0] and ("poe" in evaluation) == ("poe" in name)
+    calls.clear()
+    compare.evaluate("joint", compared, [])
+    assert not calls
+
+
+def test_a_second_start_leaves_a_run_alone_that_has_not_saved_yet(tmp_path, calls):
+    (tmp_path / "imta").mkdir()
+    (tmp_path / "imta" / "results.json").write_text("{}")
+    with locked(tmp_path / "imta"), pytest.raises(UserError, match="in use by another run"):
+        compare.train("imta", tmp_path, [])
+    assert (tmp_path / "imta" / "results.json").exists() and not calls
 
 
 def test_other_flags_make_the_trainer_look_again_and_refuse(compared, images, capsys, monkeypatch):

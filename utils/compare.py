@@ -27,11 +27,13 @@ from utils.comparison import FOOTPRINT, draw, markdown, read_row, text
 from utils.errors import FAILURE, STOPPED, UserError, user_errors
 from utils.files import atomic_write
 from utils.flags import build_parser
+from utils.lock import locked
 from utils.plots import save
 from utils.run import RESULTS, SPLIT
 
 ROOT = Path(__file__).parent.parent
 COMMAND = "command.json"
+N_BUDGETS = 40   # of a whole curve
 
 # A few minutes a method on one core, as in msdnet_scripts/quickstart.sh.
 RECIPE = ("--dataset glyphs --threads 1 --use-valid --arch msdnet_ge --nBlocks 4 --base 1 --step 2 --nChannels 4 --growthRate 4 "
@@ -90,8 +92,9 @@ def train(method: str, folder: Path, flags: Sequence[str]) -> None:
     run.mkdir(parents=True, exist_ok=True)
     start = ["--resume"]
     if recipe.after and not (run / LATEST).exists():
-        for name in (RESULTS, SPLIT):   # of a run that was killed before it saved anything, and that cannot be resumed
-            (run / name).unlink(missing_ok=True)
+        with locked(run):   # not those of a run that another process has just started
+            for name in (RESULTS, SPLIT):   # of a run that was killed before it saved anything, and that cannot be resumed
+                (run / name).unlink(missing_ok=True)
         start = ["--checkpoint", str(folder / recipe.after / LATEST)]
     _call([str(ROOT / "utils" / "footprint.py"), str(run / FOOTPRINT), str(ROOT / "train_cifar100.py"), "--result_dir", str(run),
            *command, *start])
@@ -100,14 +103,24 @@ def train(method: str, folder: Path, flags: Sequence[str]) -> None:
 
 
 def evaluate(method: str, folder: Path, flags: Sequence[str]) -> None:
-    """Write the evaluation files of one method that are missing, or older than its checkpoint."""
+    """Write the evaluation files of one method that are missing, older than its checkpoint, or of other flags."""
     checkpoint = folder / method / LATEST
+    epoch = ((_content(folder / method / RESULTS) or {}).get("test") or {}).get("epoch")
     for ensemble in (None, *recipe_of(method).ensembles):
         for mode in ("anytime", "dynamic"):
             path = folder / method / f"{mode}{f'_{ensemble}' if ensemble else ''}.json"
-            if not path.exists() or path.stat().st_mtime < checkpoint.stat().st_mtime:
+            if not path.exists() or path.stat().st_mtime < checkpoint.stat().st_mtime or not _is_usual(path, ensemble, epoch):
                 _call([str(ROOT / "eval_cifar100.py"), "--evaluate-from", str(checkpoint), "--evalmode", mode, *flags,
                        *(["--ensemble", ensemble] if ensemble else [])], quiet=True)
+
+
+def _is_usual(path: Path, ensemble: str | None, epoch: int | None) -> bool:
+    """Whether an evaluation file is what this program would write: somebody may have evaluated here with other flags."""
+    content = _content(path)
+    if not isinstance(content, dict) or content.get("ensemble") != ensemble or content.get("epoch") != epoch:
+        return False
+    return "points" not in content or (content.get("family") == "eq9" and len(content["points"]) == N_BUDGETS
+                                       and not content.get("flat") and not content.get("augmented_hold_out"))
 
 
 def _content(path: Path):
