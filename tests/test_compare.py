@@ -170,6 +170,7 @@ def test_a_run_that_starts_from_another_is_resumed_once_it_has_saved(tmp_path, c
     (["--method", "joint"], "--method"),
     (["--budget", "40e6"], "--budget"),
     (["--resume"], "--resume"),
+    (["--publish", "x"], "--publish cannot be chosen here"),
     (["--n-blocks", "4"], "did you mean --nBlocks?"),
     (["--epochs", "ten"], "--epochs"),
     (["--result_dir", ""], "--result_dir"),

@@ -42,7 +42,7 @@ RECIPE = ("--dataset glyphs --threads 1 --use-valid --arch msdnet_ge --nBlocks 4
 PLACE = ("data_root", "device", "gpu", "threads", "val_workers")
 # Flags that this program sets, or has no use for.
 OWN = ("method", "resume", "checkpoint", "start_epoch", "tensorboard_dir", "evaluate_from", "evalmode", "ensemble", "policy",
-       "budget", "cost", "images", "sweep", "flat_curve", "save_suffix")
+       "budget", "cost", "images", "sweep", "flat_curve", "save_suffix", "publish")
 
 
 class Recipe(NamedTuple):
