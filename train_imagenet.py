@@ -21,7 +21,7 @@ from utils.trainer import prepare
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv, datasets=("imagenet", "folder"))
     require(args, "result_dir")
-    forbid(args, "evaluate_from", "evalmode", "ensemble", "policy", "budget", "sweep", "flat_curve", "publish")
+    forbid(args, "evaluate_from", "evalmode", "ensemble", "policy", "budget", "sweep", "flat_curve", "publish", "images", "cost")
     device = choose_device(args.device, args.gpu, args.threads)
     with process_group(device, args.dist_backend), claim(args.result_dir):
         saved = find_run(args.result_dir, args.resume)

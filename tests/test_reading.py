@@ -331,7 +331,7 @@ def test_damaged_points_end_with_one_line(images, joint, tmp_path, damage):
         operating_points.stored(tmp_path, saved)
 
 
-@pytest.mark.parametrize("flag", [("--ensemble", "average"), ("--policy", "entropy")])
+@pytest.mark.parametrize("flag", [("--ensemble", "average"), ("--policy", "entropy"), ("--images", "a.png"), ("--cost", "macs")])
 def test_training_has_no_use_for_flags_of_evaluation(images, tmp_path, capsys, flag):
     message = tiny.one_line_error(capsys, lambda: train_cifar100.main(tiny.command(images, tmp_path / "run", *flag)))
     assert flag[0] in message and not (tmp_path / "run").exists()
