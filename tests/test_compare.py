@@ -215,6 +215,16 @@ def test_a_missing_file_is_named(compared, tmp_path, name):
         comparison.read_row(tmp_path, "poe" if "poe" in name else None)
 
 
+@pytest.mark.parametrize("name", ["results.json", "footprint.json"])
+@pytest.mark.parametrize("content", ["{}", "[]", "null"])
+def test_a_file_of_something_else_is_one_error(compared, tmp_path, name, content):
+    for path in (compared / "joint").glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match="is of something else"):
+        comparison.read_row(tmp_path)
+
+
 def made_up(compared, method="boost", **changes):
     row = comparison.read_row(compared / method)
     return row._replace(**changes)

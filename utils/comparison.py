@@ -74,13 +74,17 @@ def read_row(run: Path, ensemble: str | None = None, *, after: Path | None = Non
     suffix = f"_{ensemble}" if ensemble else ""
     anytime, dynamic = (_read(run / f"{mode}{suffix}.json") for mode in ("anytime", "dynamic"))
     trained, footprint = _read(run / RESULTS), _read(run / FOOTPRINT)
-    train_s = memory = None
-    if not ensemble:
-        runs = [trained, *([_read(after / RESULTS)] if after else [])]
-        train_s = sum(epoch["seconds"] for results in runs for epoch in results["epochs"])
-        memory = footprint["peak_cuda_bytes"] or footprint["peak_rss_bytes"]
-    return Row(anytime, dynamic, colour, reading, train_s, memory, footprint["peak_cuda_bytes"] > 0, len(trained["epochs"]),
-               trained["config"]["seed"], trained["versions"])
+    try:
+        train_s = memory = None
+        if not ensemble:
+            runs = [trained, *([_read(after / RESULTS)] if after else [])]
+            train_s = sum(epoch["seconds"] for results in runs for epoch in results["epochs"])
+            memory = footprint["peak_cuda_bytes"] or footprint["peak_rss_bytes"]
+        return Row(anytime, dynamic, colour, reading, train_s, memory, footprint["peak_cuda_bytes"] > 0, len(trained["epochs"]),
+                   trained["config"]["seed"], trained["versions"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{run}: {RESULTS} or {FOOTPRINT} is of something else ({type(error).__name__} {error}); train this run "
+                        "again") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
