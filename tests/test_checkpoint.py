@@ -298,3 +298,21 @@ def damage(path: Path) -> None:
     stored[largest.header_offset + largest.file_size // 2] ^= 255
     os.unlink(path)   # it may share its content with the previous checkpoint
     path.write_bytes(stored)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda saved: saved["architecture"].pop("base"), lambda saved: saved["architecture"].update(nBlocks="x"),
+    lambda saved: saved["architecture"].update(more=1), lambda saved: saved.update(method="no such"),
+    lambda saved: saved.update(temperatures=[float("nan")] * 3)])
+def test_a_checkpoint_that_makes_no_sense_is_no_network_either(tmp_path, spoil):
+    from pathlib import Path
+
+    from utils.inference import load_model
+
+    published = Path(__file__).parent.parent / "published/cifar100_small/msdnet_boost/model_anytime.pth"
+    saved = checkpoint.load(published)
+    assert load_model(published)[0].n_exits > 1
+    spoil(saved)
+    checkpoint.save(tmp_path / "a.pth", saved)
+    with pytest.raises(UserError, match="makes no sense"):
+        load_model(tmp_path / "a.pth")

@@ -15,7 +15,8 @@ from models import BoostedNet
 from models.inference import fold_batch_norm, growing_form
 from utils import checkpoint
 from utils.errors import UserError
-from utils.restore import require_same_hold_out, restore
+from utils.flags import build_parser
+from utils.restore import check, require_same_hold_out, restore
 
 FORMS = ("growing", "folded", "compiled")
 
@@ -29,6 +30,7 @@ def load_model(path: str | Path) -> tuple[BoostedNet, dict[str, Any]]:
     saved = checkpoint.load(path)
     if "architecture" not in saved:
         raise UserError(f"{path} holds weights only, nothing about its network; expected a checkpoint of a training run here")
+    check(argparse.Namespace(**vars(build_parser().parse_args([])) | {"num_classes": None, "evaluate_from": path}), saved)
     args = argparse.Namespace(**saved["architecture"], method=saved["method"], ensemble_reweight=saved["temperatures"],
                               trainable_ensemble=False, evaluate_from=path)
     return restore(args, saved).eval(), saved

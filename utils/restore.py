@@ -39,7 +39,7 @@ def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
     """
     if "architecture" not in saved:
         return None
-    _check(args, saved)
+    check(args, saved)
     split = Split.from_dict(saved["split"]) if saved["split"] else None
     stored = {**saved["architecture"], "dataset": saved["dataset"], "method": saved["method"],
               "trainable_ensemble": saved["trainable_ensemble"]}
@@ -56,8 +56,12 @@ def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
     return split
 
 
-def _check(args: argparse.Namespace, saved: dict[str, Any]) -> None:
-    """Refuse a checkpoint that says of itself what the command line would not accept."""
+def check(args: argparse.Namespace, saved: dict[str, Any]) -> None:
+    """Refuse a checkpoint that says of itself what the command line would not accept.
+
+    Raises:
+        UserError: naming what makes no sense.
+    """
     architecture, temperatures = saved["architecture"], saved["temperatures"]
     wrong = [name for name in ARCHITECTURE if name not in architecture or not _is_like(architecture[name], getattr(args, name))]
     wrong += [name for name in architecture if name not in ARCHITECTURE]
