@@ -276,6 +276,8 @@ def _fill_in(args: Namespace) -> None:
             setattr(args, name, value)
     if "cost" not in args.explicit and any(isinstance(value, Milliseconds) for value in args.budget or []):
         args.cost = "latency"
+    if args.cost == "latency" and args.evalmode == "dynamic":   # time is measured, not simulated
+        args.evalmode = "realtime"
     if "evalmode" not in args.explicit and (
             args.cost == "latency" or args.budget or args.sweep or args.flat_curve or args.policy != "confidence"):
         args.evalmode = "realtime" if args.cost == "latency" else "dynamic"

@@ -177,6 +177,7 @@ MISTAKES = [
     ("--amp fp16", "--amp"),
     ("--amp", "--amp"),
     ("--cuda_graphs --device cpu", "--cuda_graphs"),
+    ("--method imta --checkpoint a.pth --batch-size 1", "--batch-size"),
     ("--method l2w --amp bf16", "--amp"),
     ("--method block_losses --nBlocks 4 --overlap 3 --channels_last", "--channels_last"),
     ("--method boost_l2w --compile", "--compile"),

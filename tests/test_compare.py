@@ -332,3 +332,16 @@ def test_a_signal_reaches_the_run_and_the_same_command_goes_on(images, tmp_path)
     finished = subprocess.run(more, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
     assert "resuming at" in finished.stdout and f"{len(done) + 1} epochs" in (tmp_path / "c" / "compare.md").read_text()
+
+
+def test_flags_that_one_method_refuses_are_refused_before_anything_is_trained(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        compare.main(["--result_dir", str(tmp_path / "compare"), "--methods", "boost,l2w", "--optimizer", "adam"])
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and "these flags do not suit --method l2w" in message and message.count("\n") == 1
+    assert not (tmp_path / "compare").exists()
+
+
+def test_temperatures_reach_the_exits_that_are_added_up(tmp_path):
+    assert compare.parse(["--methods", "joint", "--ensemble_reweight", "0.3"])[0].temperatures == ["--ensemble_reweight", "0.3"]
+    assert compare.parse(["--methods", "joint"])[0].temperatures == []

@@ -111,3 +111,15 @@ def test_a_checkpoint_that_does_not_describe_itself_cannot_be_published(images, 
 def test_no_flag_keeps_the_folder_of_the_runs_machine():
     config = {name: f"/home/somebody/{name}" for name in ("data_root", "checkpoint", "teacher", "result_dir", "tensorboard_dir")}
     assert publish.without_folders({"config": config})["config"] == {name: name for name in config}
+
+
+def test_nothing_of_a_run_or_of_another_network_is_overwritten(images, run, published, tmp_path, capsys):
+    def publish_to(folder, source):
+        return eval_cifar100.main(["--data-root", str(images), "--evaluate-from", str(source / checkpoint.LATEST),
+                                   "--device", "cpu", "--publish", str(folder)])
+
+    before = {path: path.read_bytes() for folder in (run, published) for path in folder.glob("*.json")}
+    assert "holds a run" in one_line_error(capsys, lambda: publish_to(run, run))
+    assert train_cifar100.main(command(images, tmp_path / "joint", "--method", "joint")) == 0
+    assert "another method" in one_line_error(capsys, lambda: publish_to(published, tmp_path / "joint"))
+    assert before == {path: path.read_bytes() for path in before}

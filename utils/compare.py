@@ -102,8 +102,11 @@ def train(method: str, folder: Path, flags: Sequence[str]) -> None:
         file.write(json.dumps(command).encode())
 
 
-def evaluate(method: str, folder: Path, flags: Sequence[str]) -> None:
-    """Write the evaluation files of one method that are missing, older than its checkpoint, or of other flags."""
+def evaluate(method: str, folder: Path, flags: Sequence[str], temperatures: Sequence[str] = ()) -> None:
+    """Write the evaluation files of one method that are missing, older than its checkpoint, or of other flags.
+
+    `temperatures`: flags of the additive head, for exits that were trained alone and are added up.
+    """
     checkpoint = folder / method / LATEST
     epoch = ((_content(folder / method / RESULTS) or {}).get("test") or {}).get("epoch")
     for ensemble in (None, *recipe_of(method).ensembles):
@@ -111,7 +114,8 @@ def evaluate(method: str, folder: Path, flags: Sequence[str]) -> None:
             path = folder / method / f"{mode}{f'_{ensemble}' if ensemble else ''}.json"
             if not path.exists() or path.stat().st_mtime < checkpoint.stat().st_mtime or not _is_usual(path, ensemble, epoch):
                 _call([str(ROOT / "eval_cifar100.py"), "--evaluate-from", str(checkpoint), "--evalmode", mode, *flags,
-                       *(["--ensemble", ensemble] if ensemble else [])], quiet=True)
+                       *(["--ensemble", ensemble] if ensemble else []), *(temperatures if ensemble == "boost" else [])],
+                      quiet=True)
 
 
 def _is_usual(path: Path, ensemble: str | None, epoch: int | None) -> bool:
@@ -182,7 +186,21 @@ def parse(argv: Sequence[str] | None) -> tuple[Namespace, list[str], list[str]]:
     if unwanted:
         parser.error(f"{' and '.join(unwanted)} cannot be chosen here: the program sets it, or has no use for it")
     place = [word for name in PLACE if name in explicit for word in (training.spelling(name), str(getattr(given, name)))]
+    own.temperatures = (["--ensemble_reweight", ",".join(map(str, given.ensemble_reweight))]
+                        if "ensemble_reweight" in explicit else [])
+    for method in own.methods:   # before the first of them has trained for hours
+        problem = refusal(["--method", method, *RECIPE, *rest, *recipe_of(method).flags,
+                           *(["--checkpoint", "x"] if recipe_of(method).after else [])])
+        if problem:
+            parser.error(f"these flags do not suit --method {method}: {problem}; leave it out with --methods")
     return own, RECIPE + rest, place
+
+
+def refusal(flags: Sequence[str]) -> str | None:
+    """What the command line says against these flags; None when it takes them."""
+    program = "import sys, args; args.parse_args(sys.argv[1:])"   # a process of its own: programs of utils do not import args
+    done = subprocess.run([sys.executable, "-c", program, *flags], cwd=ROOT, capture_output=True, text=True)
+    return done.stderr.strip().partition("error: ")[2] or done.stderr.strip() if done.returncode else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -195,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             try:
                 train(method, folder, training)
-                evaluate(method, folder, place)
+                evaluate(method, folder, place, own.temperatures)
                 done.append(method)
             except Failed as error:
                 if error.code != FAILURE:   # a mistake would meet the other methods too, and a signal meant all

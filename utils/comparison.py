@@ -77,9 +77,9 @@ def read_row(run: Path, ensemble: str | None = None, *, after: Path | None = Non
     try:
         train_s = memory = None
         if not ensemble:
-            runs = [trained, *([_read(after / RESULTS)] if after else [])]
-            train_s = sum(epoch["seconds"] for results in runs for epoch in results["epochs"])
-            memory = footprint["peak_cuda_bytes"] or footprint["peak_rss_bytes"]
+            folders = [run, *([after] if after else [])]
+            train_s = sum(epoch["seconds"] for folder in folders for epoch in _read(folder / RESULTS)["epochs"])
+            memory = max(peak["peak_cuda_bytes"] or peak["peak_rss_bytes"] for peak in (_read(f / FOOTPRINT) for f in folders))
         return Row(anytime, dynamic, colour, reading, train_s, memory, footprint["peak_cuda_bytes"] > 0, len(trained["epochs"]),
                    trained["config"]["seed"], trained["versions"])
     except (KeyError, TypeError, AttributeError) as error:

@@ -51,7 +51,7 @@ def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torc
     suffix = reading_suffix(about) + args.save_suffix
     if args.publish:
         publish(model, saved, data, folder, about=about, source=source, dynamic=args.evalmode == "dynamic")
-    elif args.evalmode == "realtime" or args.cost == "latency":
+    elif args.evalmode == "realtime":
         evaluate_realtime(model, data, folder, about=about, budgets=args.budget, cost=args.cost, suffix=suffix)
     elif args.policy == "patience":
         evaluate_patience(model, data, folder, about=about, suffix=suffix)

@@ -70,10 +70,12 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
         source: folder of the run, with its results.json.
         dynamic: budgeted batch with hold-out and released sweep, in place of anytime prediction.
     Raises:
-        UserError: for a checkpoint without its network's description, or thresholds to be fitted with nothing held out.
+        UserError: for a checkpoint without its network's description, thresholds to be fitted with nothing held out, or a folder
+            with files of something else.
     """
     if "architecture" not in saved:   # a file that no program here could read again
         raise UserError("--publish is for checkpoints of training runs here; this one says nothing about its network")
+    _require_own_folder(folder, about)
     if dynamic:
         require_hold_out(data)
     full = predict(model, data.test())
@@ -95,6 +97,17 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
     print(format_table(["exit", "float32 top-1 %", "half top-1 %", "answers changed"],
                        [[n + 1, f"{a:.2f}", f"{b:.2f}", c] for n, (a, b, c) in enumerate(zip(full.top1, rounded.top1, changed))],
                        title=f"\n{folder}: {data.n_test} test images; an answer changed where it became right or wrong"))
+
+
+def _require_own_folder(folder: Path, about: dict[str, Any]) -> None:
+    """Refuse a folder where files of a run, or of another published network, would be overwritten or mixed up with these."""
+    if any((folder / name).exists() for name in (checkpoint.LATEST, checkpoint.BEST)):
+        raise UserError(f"{folder} holds a run, whose evaluation files would be overwritten; name another folder for --publish")
+    for path in sorted(folder.glob("arrays_*.npz")):
+        there = load_arrays(path)[0]
+        other = [name for name in ("dataset", "method", "config", "temperatures", "split_hash") if there.get(name) != about[name]]
+        if other:
+            raise UserError(f"{folder} holds another published network, with another {other[0]}; name a new folder for --publish")
 
 
 def without_folders(results: dict[str, Any]) -> dict[str, Any]:
