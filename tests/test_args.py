@@ -80,6 +80,8 @@ MISTAKES = [
     ("--bottleneck maybe", "--bottleneck"),
     ("--bottleneck", "--bottleneck"),
     ("--arch resnet", "--arch"),
+    ("--arch=--", "--arch"),
+    ("--method=--", "--method"),
     ("--dataset mnist", "--dataset"),
     ("--stepmode odd", "--stepmode"),
     ("--optimizer adamw", "--optimizer"),

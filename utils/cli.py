@@ -24,6 +24,12 @@ class OneLineParser(argparse.ArgumentParser):
         let_first_speak()
         self.exit(2, f"{self.prog}: error: {one_line} (see {self.prog} --help)\n")
 
+    def _get_values(self, action, arg_strings):
+        # argparse strikes "--" out also where it was given as a value, and nothing checks the empty list that is left.
+        if action.option_strings and "--" in arg_strings:
+            self.error(f"argument {'/'.join(action.option_strings)}: expected a value, got --")
+        return super()._get_values(action, arg_strings)
+
     def spelling(self, dest: str) -> str:
         """The flag behind a dest name, `--batch-size` for `batch_size`."""
         return next((action.option_strings[0] for action in self._actions if action.dest == dest), dest)
