@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-import dataloader
 from dataloader import build_data
 from utils import array_cache, images
 from utils.augment import CIFAR_STATISTICS, CropFlip, Normalise
@@ -479,6 +478,6 @@ def test_real_cifar100_has_its_published_sizes_and_statistics(real_data):
     assert (data.n_train, data.n_valid, data.n_test, data.num_classes) == (45_000, 5000, 10_000, 100)
     assert data.class_names[:2] == ["apple", "aquarium_fish"] and data.class_names[-1] == "worm"
     pixels = data._train_set.images.permute(1, 0, 2, 3).flatten(1).float() / 255
-    torch.testing.assert_close(pixels.mean(1), torch.tensor(dataloader.CIFAR_STATISTICS[0]), rtol=0, atol=2e-4)
-    torch.testing.assert_close(pixels.std(1), torch.tensor(dataloader.CIFAR_STATISTICS[1]), rtol=0, atol=2e-3)
+    torch.testing.assert_close(pixels.mean(1), torch.tensor(CIFAR_STATISTICS[0]), rtol=0, atol=2e-4)
+    torch.testing.assert_close(pixels.std(1), torch.tensor(CIFAR_STATISTICS[1]), rtol=0, atol=2e-3)
     assert all(len(torch.unique(batch.labels)) > 1 for batch in data.train(0))
