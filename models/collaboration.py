@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.layers import all_exits
+
 # What a step hands to the next one: the state of the frozen backbone, and the logits of the exit before (none before exit 0).
 State = list[Any]
 
@@ -75,8 +77,4 @@ class CollaborativeNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Raw logits (B, num_classes) of every exit, shallow to deep, for images x (B, 3, H, W)."""
-        state, all_logits = self.start(x), []
-        for n in range(self.n_exits):
-            logits, state = self.step(n, state)
-            all_logits.append(logits)
-        return all_logits
+        return all_exits(self, x)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.collaboration import CollaborativeNet
-from models.layers import Classifier
+from models.layers import Classifier, all_exits
 from models.msdnet import MSDLayer, MSDNet, Transition
 from models.ranet import Block, FusionLayer, RANet
 
@@ -251,7 +251,7 @@ class GrowingMSDNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Raw logits (B, num_classes) of every exit."""
-        return _all_exits(self, x)
+        return all_exits(self, x)
 
 
 class GrowingBlock(nn.Module):
@@ -346,12 +346,4 @@ class GrowingRANet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Raw logits (B, num_classes) of every exit."""
-        return _all_exits(self, x)
-
-
-def _all_exits(backbone: nn.Module, x: Tensor) -> list[Tensor]:
-    state, logits = backbone.start(x), []
-    for n in range(backbone.n_exits):
-        exit_logits, state = backbone.step(n, state)
-        logits.append(exit_logits)
-    return logits
+        return all_exits(self, x)

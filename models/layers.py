@@ -122,6 +122,15 @@ class Classifier(nn.Module):
         return self.linear(self.pool(x))
 
 
+def all_exits(backbone: nn.Module, x: Tensor) -> list[Tensor]:
+    """Raw logits (B, num_classes) of every exit: all steps of a backbone, one after the other."""
+    state, logits = backbone.start(x), []
+    for n in range(backbone.n_exits):
+        exit_logits, state = backbone.step(n, state)
+        logits.append(exit_logits)
+    return logits
+
+
 def map_sizes(image_size: int) -> tuple[int, int]:
     """Sides of the first layer's finest map and of the map that a classifier reads.
 

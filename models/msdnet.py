@@ -7,7 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.layers import Bottleneck, Classifier, ConvBNReLU, Stem, check_choice, check_positive, map_sizes, rescale_at_exit
+from models.layers import (
+    Bottleneck,
+    Classifier,
+    ConvBNReLU,
+    Stem,
+    all_exits,
+    check_choice,
+    check_positive,
+    map_sizes,
+    rescale_at_exit,
+)
 
 State = list[Tensor]   # one feature map per scale still carried, finest first
 
@@ -158,11 +168,7 @@ class MSDNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Raw logits (B, num_classes) of every exit, shallow to deep, for images x (B, 3, H, W)."""
-        state, logits = self.start(x), []
-        for n in range(self.n_exits):
-            exit_logits, state = self.step(n, state)
-            logits.append(exit_logits)
-        return logits
+        return all_exits(self, x)
 
 
 def _scales(layer: int, total: int, n_scales: int, prune: str) -> tuple[int, int]:

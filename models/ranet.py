@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import Bottleneck, Classifier, ConvBNReLU, Stem, check_choice, check_positive, map_sizes, rescale_at_exit
+from models.layers import (
+    Bottleneck,
+    Classifier,
+    ConvBNReLU,
+    Stem,
+    all_exits,
+    check_choice,
+    check_positive,
+    map_sizes,
+    rescale_at_exit,
+)
 
 # What a step hands to the next one:
 #   stem      features that the sub-networks still to come start from, coarsest first (before exit 0: the image alone)
@@ -230,11 +240,7 @@ class RANet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Raw logits (B, num_classes) of every exit, shallow to deep, for images x (B, 3, H, W)."""
-        state, logits = self.start(x), []
-        for n in range(self.n_exits):
-            exit_logits, state = self.step(n, state)
-            logits.append(exit_logits)
-        return logits
+        return all_exits(self, x)
 
 
 def _down_sampling_blocks(subnet: int, scale: int, blocks_of: list[int]) -> set[int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models import BoostedNet
 from models.inference import fold_batch_norm, growing_form
+from models.layers import all_exits
 from utils import checkpoint
 from utils.errors import UserError
 from utils.flags import build_parser
@@ -116,11 +117,7 @@ class ChannelsLast(nn.Module):
         return self._steps[n](state)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        state, logits = self.start(x), []
-        for n in range(self.n_exits):
-            exit_logits, state = self.step(n, state)
-            logits.append(exit_logits)
-        return logits
+        return all_exits(self, x)
 
 
 class _Step:
