@@ -63,6 +63,7 @@ def watch(process: subprocess.Popen) -> list[tuple[float, int]]:
 def disturb(images: Path, folder: Path, epochs: int, draw: random.Random, longest_s: float) -> Counter:
     """Bring a run to its end through signals and damaged files; how often each of them happened."""
     events: Counter = Counter()
+    latest, damaged = folder / checkpoint.LATEST, b""
     while True:
         process = start(images, folder, epochs)
         try:
@@ -76,15 +77,18 @@ def disturb(images: Path, folder: Path, epochs: int, draw: random.Random, longes
             events[number.name] += 1
         else:
             assert code == 0, f"exit code {code}"
+        # A process that was killed while it started has not yet set the damaged file aside.
+        still_damaged = bool(damaged) and latest.exists() and latest.read_bytes() == damaged
         for name in (checkpoint.LATEST, checkpoint.PREVIOUS, checkpoint.BEST):
-            if (folder / name).exists():
+            if (folder / name).exists() and not (name == checkpoint.LATEST and still_damaged):
                 checkpoint.load(folder / name)
         if code == 0:
             return events
-        if draw.random() < 0.1 and (folder / checkpoint.PREVIOUS).exists():
-            whole = (folder / checkpoint.LATEST).read_bytes()
-            (folder / checkpoint.LATEST).unlink()   # the previous one may be another name of the same file
-            (folder / checkpoint.LATEST).write_bytes(whole[:draw.randrange(len(whole))])
+        if draw.random() < 0.1 and (folder / checkpoint.PREVIOUS).exists() and latest.exists() and not still_damaged:
+            whole = latest.read_bytes()
+            damaged = whole[:draw.randrange(1, len(whole))]
+            latest.unlink()   # the previous one may be another name of the same file
+            latest.write_bytes(damaged)
             events["damaged checkpoint"] += 1
 
 
