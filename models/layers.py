@@ -5,7 +5,10 @@ family load by name, so they stay as they are.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -30,6 +33,23 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     return _ScaleGradient.apply(x, factor) if torch.is_grad_enabled() else x
 
 
+class _DenseGradient(torch.autograd.Function):
+    """Identity whose gradient comes back dense, in the memory layout it has."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        dense = grad.is_contiguous() or grad.is_contiguous(memory_format=torch.channels_last)
+        return grad if dense else grad.clone()   # clone keeps the order of the strides
+
+
 def rescale_at_exit(x: Tensor, exit_index: int, n_exits: int) -> tuple[Tensor, Tensor]:
     """Split the map that a classifier reads into (for the classifier, for the next block), gradients rescaled.
 
@@ -39,6 +59,25 @@ def rescale_at_exit(x: Tensor, exit_index: int, n_exits: int) -> tuple[Tensor, T
     """
     remaining = n_exits - exit_index
     return scale_gradient(x, 1 / remaining), scale_gradient(x, (remaining - 1) / remaining)
+
+
+def resize_like(x: Tensor, size: torch.Size) -> Tensor:
+    """Bilinear interpolation of maps x (B, C, H, W) to `size` (H', W'), which is free where they have it."""
+    if x.shape[2:] == size:
+        return x
+    resized = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+    # The gradient is a slice of that of a concatenation. For slices in channels-last layout PyTorch's backward pass goes
+    # through the other layout, on the way in and on the way out.
+    return _DenseGradient.apply(resized) if torch.is_grad_enabled() else resized
+
+
+def concatenate(x: Tensor, *others: Tensor) -> Tensor:
+    """Maps (B, C, H, W) side by side along the channels, in the memory layout of x."""
+    if x.stride(1) == 1:
+        # The strides of maps of one channel do not tell the layout, batch normalisation returns them as channels-first ones,
+        # and a single map of such strides would bring the result, and with it all that follows, into that layout.
+        others = tuple(y.squeeze(1).unsqueeze(-1).permute(0, 3, 1, 2) if y.size(1) == 1 else y for y in others)
+    return torch.cat([x, *others], dim=1)
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> list[nn.Module]:
@@ -59,7 +98,12 @@ class ConvBNReLU(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """3x3 convolution behind an optional 1x1 one that narrows its input to min(in_channels, bn_factor * out_channels)."""
+    """3x3 convolution behind an optional 1x1 one that narrows its input to min(in_channels, bn_factor * out_channels).
+
+    Attributes:
+        joins: `run_bottlenecks` may run the 1x1 convolution together with others. False where the gradient may not reach both:
+            together each gets one, which is zero in place of None for those left out, and optimisers shrink such weights.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, *, bn_factor: int, stride: int = 1,
                  bottleneck: bool = True) -> None:
@@ -70,9 +114,47 @@ class Bottleneck(nn.Module):
             layers += conv_bn_relu(in_channels, inner, 1)
             in_channels = inner
         self.net = nn.Sequential(*layers, *conv_bn_relu(in_channels, out_channels, 3, stride))
+        self.joins = bottleneck
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
+
+    def after_first(self, x: Tensor) -> Tensor:
+        """What follows the 1x1 convolution with its normalisation and ReLU."""
+        for layer in list(self.net)[3:]:
+            x = layer(x)
+        return x
+
+
+def run_bottlenecks(bottlenecks: Sequence[Bottleneck], x: Tensor) -> list[Tensor]:
+    """Outputs of bottlenecks that read the same map x.
+
+    In training their 1x1 convolutions, with normalisation and ReLU, run as a single wide one: such a convolution costs mostly
+    the reading of its input and the writing of its input's gradient. The results are those of each bottleneck by itself to
+    rounding. By itself each one runs in evaluation, without 1x1 convolutions, and where normalisation is not plain BatchNorm2d.
+    """
+    convs, norms = zip(*((b.net[0], b.net[1]) for b in bottlenecks))
+    joint = all(b.joins for b in bottlenecks) and all(type(norm) is nn.BatchNorm2d and norm.training for norm in norms)
+    if len(bottlenecks) < 2 or not joint:
+        return [b(x) for b in bottlenecks]
+    y = F.conv2d(x, torch.cat([conv.weight for conv in convs]))
+    mean, var, weight, bias = (torch.cat([getattr(norm, name) for norm in norms])
+                               for name in ("running_mean", "running_var", "weight", "bias"))
+    y = F.batch_norm(y, mean, var, weight, bias, training=True, momentum=norms[0].momentum, eps=norms[0].eps)
+    widths = [conv.out_channels for conv in convs]
+    with torch.no_grad():
+        torch._foreach_copy_([buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)],
+                             [part for parts in zip(mean.split(widths), var.split(widths), strict=True) for part in parts])
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    parts = [F.relu(part) for part in y.split(widths, dim=1)]   # out of place: a slice is not dense, what follows wants it so
+    return [b.after_first(part) for b, part in zip(bottlenecks, parts, strict=True)]
+
+
+def run_separately(module: nn.Module) -> None:
+    """Have `run_bottlenecks` run every bottleneck in `module` by itself from now on."""
+    for part in module.modules():
+        if isinstance(part, Bottleneck):
+            part.joins = False
 
 
 class Stem(nn.Module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from models.layers import (
@@ -15,15 +14,18 @@ from models.layers import (
     all_exits,
     check_choice,
     check_positive,
+    concatenate,
     map_sizes,
     rescale_at_exit,
+    run_bottlenecks,
+    run_separately,
 )
 
 State = list[Tensor]   # one feature map per scale still carried, finest first
 
 
 class DenseScale(nn.Module):
-    """One scale of a layer: the scale's own features and what is computed from them (and from the finer scale)."""
+    """What one scale of an `MSDLayer` adds to its features, computed from them (and from the finer scale)."""
 
     def __init__(self, in_width: int, growth: int, bn_factor: int, *, finer_width: int | None = None,
                  finer_bn_factor: int | None = None, bottleneck: bool) -> None:
@@ -35,11 +37,6 @@ class DenseScale(nn.Module):
         self.conv_normal = Bottleneck(in_width, own_growth, bn_factor=bn_factor, bottleneck=bottleneck)
         self.reads_finer = finer_width is not None
 
-    def forward(self, x: Tensor, finer: Tensor | None) -> Tensor:
-        if self.reads_finer:
-            return torch.cat([x, self.conv_down(finer), self.conv_normal(x)], dim=1)
-        return torch.cat([x, self.conv_normal(x)], dim=1)
-
 
 class MSDLayer(nn.Module):
     """One layer over the coarsest `n_out` scales; the finest of its `n_in` input scales is dropped where n_in > n_out.
@@ -47,10 +44,11 @@ class MSDLayer(nn.Module):
     Args:
         width: channel base; scale s carries width * gr_factor[s] channels.
         growth: growth base; scale s grows by growth * gr_factor[s] channels.
+        n_read: how many of the coarsest scales that come out lead to a classifier.
     """
 
     def __init__(self, width: int, growth: int, gr_factor: list[int], bn_factor: list[int], n_in: int, n_out: int, *,
-                 bottleneck: bool) -> None:
+                 n_read: int, bottleneck: bool) -> None:
         super().__init__()
         n_scales = len(gr_factor)
         self.dropped = n_in - n_out
@@ -61,10 +59,21 @@ class MSDLayer(nn.Module):
                 finer = {"finer_width": width * gr_factor[scale - 1], "finer_bn_factor": bn_factor[scale - 1]}
             self.layers.append(DenseScale(width * gr_factor[scale], growth * gr_factor[scale], bn_factor[scale],
                                           bottleneck=bottleneck, **finer))
+            if scale < n_scales - n_read:
+                run_separately(self.layers[-1])
 
     def forward(self, scales: State) -> State:
-        finer = [None, *scales][self.dropped:]
-        return [layer(x, below) for layer, x, below in zip(self.layers, scales[self.dropped:], finer)]
+        readers: list[list[tuple[int, Bottleneck]]] = [[] for _ in scales]   # of each scale: output scale, what computes it
+        for scale, dense in enumerate(self.layers, start=self.dropped):
+            if dense.reads_finer:
+                readers[scale - 1].append((scale, dense.conv_down))
+            readers[scale].append((scale, dense.conv_normal))
+        parts = [[x] for x in scales]
+        for x, reading in zip(scales, readers, strict=True):   # finest first, so that conv_down's part precedes conv_normal's
+            outputs = run_bottlenecks([bottleneck for _, bottleneck in reading], x)
+            for (scale, _), output in zip(reading, outputs, strict=True):
+                parts[scale].append(output)
+        return [concatenate(*part) for part in parts[self.dropped:]]
 
 
 class Transition(nn.Module):
@@ -125,7 +134,9 @@ class MSDNet(nn.Module):
             modules: list[nn.Module] = [stem] if block == 0 else []
             for layer in range(sum(n_layers[:block]) + 1, sum(n_layers[:block + 1]) + 1):
                 n_in, n_out = _scales(layer, total, n_scales, prune)
-                modules.append(MSDLayer(width, growth_rate, gr_factor, bn_factor, n_in, n_out, bottleneck=bottleneck))
+                # What a layer computes becomes the input of the next coarser scale one layer later.
+                modules.append(MSDLayer(width, growth_rate, gr_factor, bn_factor, n_in, n_out, n_read=total - layer + 1,
+                                        bottleneck=bottleneck))
                 width += growth_rate
                 if (n_in > n_out) if prune == "max" else layer in (total // 3, 2 * total // 3):
                     reduced = math.floor(reduction * width)

@@ -4,8 +4,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import (
@@ -16,8 +14,10 @@ from models.layers import (
     all_exits,
     check_choice,
     check_positive,
+    concatenate,
     map_sizes,
     rescale_at_exit,
+    resize_like,
 )
 
 # What a step hands to the next one:
@@ -25,11 +25,6 @@ from models.layers import (
 #   x         map that the next block of the current sub-network reads
 #   lists     feature list of every block of the current sub-network so far (empty in the last one: nobody reads it)
 State = dict[str, list]
-
-
-def _resize_like(x: Tensor, size: torch.Size) -> Tensor:
-    # Bilinear interpolation to the same size is the identity, and free.
-    return x if x.shape[2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
 class DenseLayer(nn.Module):
@@ -40,7 +35,7 @@ class DenseLayer(nn.Module):
         self.conv_normal = Bottleneck(width, growth, bn_factor=bn_factor, bottleneck=bottleneck)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, self.conv_normal(x)], dim=1)
+        return concatenate(x, self.conv_normal(x))
 
 
 class FusionLayer(nn.Module):
@@ -55,7 +50,7 @@ class FusionLayer(nn.Module):
     def forward(self, x: Tensor, coarser: Tensor) -> Tensor:
         own = self.conv_normal(x)
         size = own.shape[2:]
-        return torch.cat([_resize_like(x, size), _resize_like(self.conv_up(coarser), size), own], dim=1)
+        return concatenate(resize_like(x, size), resize_like(self.conv_up(coarser), size), own)
 
 
 class Block(nn.Module):
@@ -108,7 +103,7 @@ class Block(nn.Module):
             features.append(layer(features[-1], coarser[i]) if self.fuses else layer(features[-1]))
         x = features[-1]
         if self.fuses:
-            x = torch.cat([x, _resize_like(self.conv_last(coarser[-1]), x.shape[2:])], dim=1)
+            x = concatenate(x, resize_like(self.conv_last(coarser[-1]), x.shape[2:]))
         if self.has_transition:
             x = self.trans(x)
         return x, features

@@ -1,4 +1,5 @@
 """What the networks promise beyond the reference vectors: stepping, gradient rescaling, initialisation, refusals."""
+import copy
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 import models.msdnet
 import models.ranet
 from models import BoostedNet, MSDNet, RANet, expand_temperatures, select
+from models.layers import Bottleneck, run_separately
 from op_counter import measure_model
 
 MSD = dict(n_blocks=3, n_channels=4, base=1, step=1, num_classes=7)
@@ -87,6 +89,34 @@ def test_gradient_rescaling_leaves_the_forward_pass_alone(backbone):
     other.load_state_dict(backbone.state_dict())
     x = torch.randn(2, 3, 32, 32)
     assert all(torch.equal(a, b) for a, b in zip(backbone(x), other(x), strict=True))
+
+
+# Four layers: two scales come out of the last one, and nothing reads the finer of them.
+@pytest.mark.parametrize("config", [MSD | {"n_blocks": 4}, MSD | {"n_blocks": 3, "base": 3, "step": 2}, MSD | {"n_blocks": 2}])
+def test_convolutions_that_read_one_map_run_together_and_train_as_each_by_itself(monkeypatch, config):
+    torch.manual_seed(0)
+    together = MSDNet(**config, rescale_gradients=True).double()
+    separate = copy.deepcopy(together)
+    run_separately(separate)
+    joint, after_first = [], Bottleneck.after_first
+    monkeypatch.setattr(Bottleneck, "after_first", lambda self, x: joint.append(self) or after_first(self, x))
+    for net in (separate, together):
+        assert not joint
+        x = torch.randn(6, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        sum(F.cross_entropy(logits, torch.arange(6)) for logits in net(x)).backward()
+    assert joint
+    for (name, want), got in zip(separate.state_dict().items(), together.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14, msg=name)
+    unread = 0
+    for (name, want), got in zip(separate.named_parameters(), together.parameters(), strict=True):
+        assert (got.grad is None) is (want.grad is None), name   # an optimiser would shrink what has a gradient of zero
+        unread += want.grad is None
+        if want.grad is not None:
+            torch.testing.assert_close(got.grad, want.grad, rtol=1e-9, atol=1e-12, msg=name)
+    assert (unread > 0) is (config["n_blocks"] != 3)
+    joint.clear()
+    together.eval()(x)
+    assert not joint
 
 
 def test_boosted_head_is_the_frozen_sum_and_the_joint_baseline_is_temperature_zero(backbone):

@@ -9,6 +9,7 @@ from tiny import command, differences, make_images, one_line_error, outcome, sig
 
 import train_cifar100
 from models import BoostedNet, MSDNet, RANet
+from models.layers import resize_like
 from utils import training_forward as fast
 from utils.engine import EpochFigures, train_epoch
 from utils.errors import STOPPED, UserError
@@ -156,9 +157,10 @@ def test_without_a_flag_the_network_itself_is_trained():
     assert training_forward(model, batch_size=BATCH) is model
 
 
-def test_channels_last_is_the_layout_inside_and_nothing_is_left_of_it_in_a_checkpoint():
+@pytest.mark.parametrize("name", ["msdnet", "ranet"])
+def test_channels_last_is_the_layout_inside_and_nothing_is_left_of_it_in_a_checkpoint(name):
     seen = []
-    model = network()
+    model = network(name)
     forward = training_forward(model, batch_size=BATCH, channels_last=True)
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -167,7 +169,18 @@ def test_channels_last_is_the_layout_inside_and_nothing_is_left_of_it_in_a_check
     forward.train()
     forward(batches()[0][0])
     assert seen and all(map(all, seen))
-    assert list(model.state_dict()) == list(network().state_dict())
+    assert list(model.state_dict()) == list(network(name).state_dict())
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_interpolation_gets_a_dense_gradient_in_the_layout_of_its_map(layout):
+    arriving = []
+    maps = torch.randn(2, 6, 8, 8).contiguous(memory_format=layout).requires_grad_()
+    resized = resize_like(maps, torch.Size((16, 16)))
+    resized.grad_fn.next_functions[0][0].register_prehook(lambda grads: arriving.extend(grads))
+    torch.cat([resized, torch.randn(2, 3, 16, 16).contiguous(memory_format=layout)], dim=1).square().sum().backward()
+    assert [grad.is_contiguous(memory_format=layout) for grad in arriving] == [True]
+    torch.testing.assert_close(arriving[0], 2 * resized)
 
 
 def test_bfloat16_is_inside_only():

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from models import BoostedNet
+from models.layers import run_separately
 from utils.augment import CIFAR_STATISTICS
 from utils.benchmarks.early_exit import NETWORKS
 from utils.benchmarks.measure import Clock, Measurement, count, peak_memory, training_clock
@@ -60,13 +61,14 @@ def options(text: str) -> dict[str, Any]:
 class PlainLoop:
     """An epoch as the released program has it, written anew.
 
-    Worker processes transform image by image, each step waits for its loss and for the accuracy of every exit, and a second
-    pass over the training images measures their accuracy.
+    Every convolution runs by itself, worker processes transform image by image, each step waits for its loss and for the
+    accuracy of every exit, and a second pass over the training images measures their accuracy.
     """
 
     def __init__(self, model: BoostedNet, images: np.ndarray, labels: np.ndarray, args: Namespace, device: torch.device) -> None:
         from torch.utils.data import DataLoader, RandomSampler
         self.model, self.device = model, device
+        run_separately(model)
         self.clock: Clock = training_clock(device)[0]
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
         data = TransformedImages(images, labels)

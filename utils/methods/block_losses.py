@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from models.layers import run_separately
 from utils.methods.distillation import Distillation
 
 
@@ -53,6 +54,7 @@ class BlockLosses(Distillation):
             raise ValueError(f"give groups, or an overlap of at least 1 block; got {groups} and {overlap}")
         if include_final:
             self.first_blocks[-1] = 0
+        run_separately(self.model)   # the loss that reaches a block need not reach all of its convolutions
         self._passes: list[_Pass] = []
         self._leaves: list[Tensor] = []   # logits as the loss sees them: its gradient is picked up here and routed
 
