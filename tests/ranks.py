@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import eval_imagenet
 import train_imagenet
+from models import layers, msdnet
 from utils import distributed, evaluation, trainer
 from utils.engine import EpochFigures
 
@@ -47,7 +48,10 @@ def run_all(runs: list[dict], folder: Path) -> list[float]:
     evaluation.predict = lambda *arguments: seen.append(predict(*arguments)) or seen[-1]
     for run in runs:
         seen.clear()
-        nn.BatchNorm2d.forward = own_normalisation if run.get("own_statistics") else fixed_normalisation
+        own = run.get("own_statistics")
+        nn.BatchNorm2d.forward = own_normalisation if own else fixed_normalisation
+        # Run together, bottlenecks do not call the forward of their normalisations.
+        msdnet.run_bottlenecks = layers.run_bottlenecks if own else lambda bottlenecks, x: [b(x) for b in bottlenecks]
         script = {"train": train_imagenet, "eval": eval_imagenet}[run["script"]]
         assert script.main(run["flags"]) == 0
         if run["script"] == "eval" and distributed.is_main():

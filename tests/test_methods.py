@@ -14,6 +14,7 @@ import eval_cifar100
 import train_cifar100
 from adaptive_inference import EarlyExit
 from models import BoostedNet, CollaborativeNet, MSDNet, RANet
+from models.layers import run_separately
 from utils import checkpoint, distributed
 from utils.errors import STOPPED
 from utils.inference import FORMS, prepare_for_inference
@@ -207,6 +208,7 @@ def test_one_routed_backward_pass_equals_a_pass_for_every_exit_with_features_cut
     if "groups" in more:
         more = {"groups": [1, n_exits - 1] if more["groups"] == "1, rest" else [n_exits]}
     reference = copy.deepcopy(model)
+    run_separately(reference)
     method = BlockLosses(model, still(model), distill_weight=0.0, temperature=1.0, **more)
     method.step(x, y)
     for n, first in enumerate(method.first_blocks):

@@ -91,11 +91,15 @@ def test_gradient_rescaling_leaves_the_forward_pass_alone(backbone):
     assert all(torch.equal(a, b) for a, b in zip(backbone(x), other(x), strict=True))
 
 
-# Four layers: two scales come out of the last one, and nothing reads the finer of them.
-@pytest.mark.parametrize("config", [MSD | {"n_blocks": 4}, MSD | {"n_blocks": 3, "base": 3, "step": 2}, MSD | {"n_blocks": 2}])
-def test_convolutions_that_read_one_map_run_together_and_train_as_each_by_itself(monkeypatch, config):
+@pytest.mark.parametrize("build, config, all_read", [
+    (MSDNet, MSD | {"n_blocks": 4}, False),   # two scales come out of the last of four layers, and nothing reads the finer one
+    (MSDNet, MSD | {"n_blocks": 2}, False),
+    (MSDNet, MSD | {"n_blocks": 3, "base": 3, "step": 2}, True),
+    (RANet, RAN, True),
+    (RANet, RAN | {"scale_list": [1, 2, 3, 3], "gr_factor": [4, 2, 1, 1], "bn_factor": [4, 2, 1, 1]}, True)])
+def test_convolutions_that_read_one_map_run_together_and_train_as_each_by_itself(monkeypatch, build, config, all_read):
     torch.manual_seed(0)
-    together = MSDNet(**config, rescale_gradients=True).double()
+    together = build(**config, rescale_gradients=True).double()
     separate = copy.deepcopy(together)
     run_separately(separate)
     joint, after_first = [], Bottleneck.after_first
@@ -113,10 +117,18 @@ def test_convolutions_that_read_one_map_run_together_and_train_as_each_by_itself
         unread += want.grad is None
         if want.grad is not None:
             torch.testing.assert_close(got.grad, want.grad, rtol=1e-9, atol=1e-12, msg=name)
-    assert (unread > 0) is (config["n_blocks"] != 3)
+    assert (unread == 0) is all_read
     joint.clear()
     together.eval()(x)
     assert not joint
+
+
+def test_ranet_runs_convolutions_of_later_exits_ahead_only_in_training_and_only_together_with_others():
+    net, x = RANet(**RAN), torch.randn(2, 3, 32, 32)
+    for prepare, ahead in ((net.train, True), (net.eval, False), (lambda: run_separately(net.train()), False)):
+        prepare()
+        _, state = net.step(0, net.start(x))
+        assert any(state["ups"]) is ahead
 
 
 def test_boosted_head_is_the_frozen_sum_and_the_joint_baseline_is_temperature_zero(backbone):
