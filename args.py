@@ -200,6 +200,9 @@ RULES: tuple[Rule, ...] = (
     Rule(("paper_protocol", "evaluate_from", "evalmode"),
          lambda a: not (a.paper_protocol and a.evaluate_from) or a.evalmode == "dynamic",
          lambda a: "changes in evaluation what thresholds are fitted on, and belongs to --evalmode dynamic"),
+    Rule(("paper_protocol", "images"),
+         lambda a: not (a.paper_protocol and a.images),
+         lambda a: "chooses what thresholds are fitted on, and --images takes those that have been fitted; leave it out"),
     # Evaluation.
     *(Rule((name, "evaluate_from"),
            lambda a, n=name: not (getattr(a, n) and a.evaluate_from),

@@ -194,6 +194,7 @@ MISTAKES = [
     ("--evaluate-from a.pth --publish b --evalmode dynamic --paper_protocol", "--publish"),
     ("--evaluate-from a.pth --publish=", "--publish"),
     ("--evaluate-from a.pth --paper_protocol --evalmode realtime", "--paper_protocol"),
+    ("--evaluate-from a.pth --paper_protocol --evalmode dynamic --images b.png", "--paper_protocol"),
     ("--evaluate-from a.pth --publish b --ensemble average", "--publish"),
     ("--evaluate-from a.pth --publish b --policy entropy", "--publish"),
     ("--evaluate-from a.pth --publish b --images c.png", "--publish"),

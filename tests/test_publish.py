@@ -87,6 +87,11 @@ def test_folders_without_arrays_end_with_one_line(published, tmp_path, capsys, d
     assert ("has no arrays" if damage == "missing" else "not a file of published arrays") in message
 
 
+def test_arrays_of_the_other_mode_end_with_one_line(published, tmp_path, capsys):
+    (tmp_path / "arrays_dynamic.npz").write_bytes((published / "arrays_anytime.npz").read_bytes())
+    assert "does not hold what dynamic curves" in one_line_error(capsys, lambda: publish.main([str(tmp_path)]))
+
+
 def test_a_network_without_hold_out_cannot_be_published_as_budgeted(images, tmp_path, capsys):
     line = command(images, tmp_path / "all", "--epochs", "1")
     start = line.index("--use-valid")

@@ -161,6 +161,15 @@ def test_folders_without_a_finished_run_end_with_one_line(tmp_path, capsys, cont
     assert message in one_line_error(capsys, lambda: report.main([str(tmp_path)]))
 
 
+@pytest.mark.parametrize("name", ["epochs", "batch_size"])
+def test_settings_that_are_no_numbers_end_with_one_line(tmp_path, capsys, name):
+    path = write_run(tmp_path / "run") / "results.json"
+    results = json.loads(path.read_text())
+    results["config"][name] = "many"
+    path.write_text(json.dumps(results))
+    assert f"{name} is not a whole number" in one_line_error(capsys, lambda: report.main([str(path.parent)]))
+
+
 def test_the_same_run_twice_is_refused(tmp_path, capsys):
     runs = [str(write_run(tmp_path / name)) for name in ("a", "b")]
     assert "are the same run" in one_line_error(capsys, lambda: report.main(runs))

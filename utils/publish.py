@@ -146,7 +146,11 @@ def load_arrays(path: Path) -> tuple[dict[str, Any], dict[str, Arrays]]:
 
 def redraw(folder: Path, kind: str) -> list[Path]:
     """Write the curves of `kind` ("anytime" or "dynamic") from the arrays in `folder`, and return their files."""
-    about, parts = load_arrays(folder / f"arrays_{kind}.npz")
+    path = folder / f"arrays_{kind}.npz"
+    about, parts = load_arrays(path)
+    needed = {"test"} if kind == "anytime" else {"test", "valid"}
+    if not (needed <= parts.keys() and {"top5", "macs"} <= about.keys()):
+        raise UserError(f"{path} does not hold what {kind} curves are drawn from")
     test = parts["test"]
     top5 = about.pop("top5")
     if kind == "anytime":

@@ -78,6 +78,9 @@ def read_run(folder: Path) -> Run | None:
         settings = {name: config.get(name, default) for name, default in defaults.items() if name not in NOT_TRAINING}
         if not METHODS[test["method"]].boosted:   # temperatures are 0 whatever the flag says
             settings["ensemble_reweight"] = None
+        for name in ("epochs", "batch_size"):
+            if type(settings[name]) is not int:
+                raise ValueError(f"{name} is not a whole number")
         run = Run(folder, int(config["seed"]), settings, int(results.get("processes", 1)), results["split_hash"],
                   {name: test[name] for name in ("dataset", "method", "arch", "config", "n_test", "macs", "top1", "epoch")},
                   results["best_on_test"]["top1"] if "best_on_test" in results else None)
