@@ -135,9 +135,11 @@ def run_bottlenecks(bottlenecks: Sequence[Bottleneck], x: Tensor) -> list[Tensor
     """
     convs, norms = zip(*((b.net[0], b.net[1]) for b in bottlenecks))
     joint = all(b.joins for b in bottlenecks) and all(type(norm) is nn.BatchNorm2d and norm.training for norm in norms)
-    if len(bottlenecks) < 2 or not joint:
+    as_product = x.is_cpu and x.is_contiguous()   # of a convolution, oneDNN would first bring the map into a layout of its own
+    if not joint or (len(bottlenecks) == 1 and not as_product):
         return [b(x) for b in bottlenecks]
-    y = F.conv2d(x, torch.cat([conv.weight for conv in convs]))
+    kernels = torch.cat([conv.weight for conv in convs])
+    y = torch.matmul(kernels.flatten(1), x.flatten(2)).unflatten(2, x.shape[2:]) if as_product else F.conv2d(x, kernels)
     mean, var, weight, bias = (torch.cat([getattr(norm, name) for norm in norms])
                                for name in ("running_mean", "running_var", "weight", "bias"))
     y = F.batch_norm(y, mean, var, weight, bias, training=True, momentum=norms[0].momentum, eps=norms[0].eps)

@@ -97,9 +97,10 @@ def test_gradient_rescaling_leaves_the_forward_pass_alone(backbone):
     (MSDNet, MSD | {"n_blocks": 3, "base": 3, "step": 2}, True),
     (RANet, RAN, True),
     (RANet, RAN | {"scale_list": [1, 2, 3, 3], "gr_factor": [4, 2, 1, 1], "bn_factor": [4, 2, 1, 1]}, True)])
-def test_convolutions_that_read_one_map_run_together_and_train_as_each_by_itself(monkeypatch, build, config, all_read):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_convolutions_that_read_one_map_run_together_and_train_as_each_by_itself(monkeypatch, build, config, all_read, layout):
     torch.manual_seed(0)
-    together = build(**config, rescale_gradients=True).double()
+    together = build(**config, rescale_gradients=True).double().to(memory_format=layout)
     separate = copy.deepcopy(together)
     run_separately(separate)
     joint, after_first = [], Bottleneck.after_first
@@ -107,7 +108,7 @@ def test_convolutions_that_read_one_map_run_together_and_train_as_each_by_itself
     for net in (separate, together):
         assert not joint
         x = torch.randn(6, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        sum(F.cross_entropy(logits, torch.arange(6)) for logits in net(x)).backward()
+        sum(F.cross_entropy(logits, torch.arange(6)) for logits in net(x.contiguous(memory_format=layout))).backward()
     assert joint
     for (name, want), got in zip(separate.state_dict().items(), together.state_dict().values(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14, msg=name)

@@ -29,8 +29,8 @@ from utils.training_forward import training_forward
 
 EPOCH_IMAGES = 50_000
 RELEASED, DEFAULT = "released manner", "default"
-FAST = {"cpu": "channels_last", "cuda": "cuda_graphs,channels_last+cuda_graphs,bf16+channels_last+cuda_graphs,"
-                                        "bf16+channels_last+compile+cuda_graphs"}
+FAST = {"cpu": "channels_last,compile,channels_last+compile",
+        "cuda": "cuda_graphs,channels_last+cuda_graphs,bf16+channels_last+cuda_graphs,bf16+channels_last+compile+cuda_graphs"}
 OPTIONS = {"bf16": {"amp": "bf16"}, "channels_last": {"channels_last": True}, "compile": {"compiled": True},
            "cuda_graphs": {"cuda_graphs": True}}
 # Operations by the beginnings of their names, as the profiler spells them.
