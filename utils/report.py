@@ -4,8 +4,8 @@
     python -m utils.report published/*/* --markdown
 
 Reads results.json and dynamic*.json, never a checkpoint. Only runs of the paper's networks with the paper's schedule enter the
-paper's tables; headline is the last epoch. Runs that differ in nothing but --seed become mean +- standard deviation; runs
-judged on other test images or by thresholds of another hold-out are never averaged.
+paper's tables; headline is the last epoch. Runs that differ in nothing but --seed, and the hold-out drawn with it, become mean
++- standard deviation; runs judged on other test images are never averaged.
 """
 from __future__ import annotations
 
@@ -96,18 +96,21 @@ def seeds_together(runs: Sequence[Run]) -> list[list[Run]]:
     """Groups of runs that differ only in their seed.
 
     Raises:
-        UserError: when one of them is given twice.
+        UserError: when two are of the same seed.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        judged = [run.dataset, run.test["n_test"], run.split_hash, run.test["macs"]]
+        judged = [run.dataset, run.test["n_test"], run.test["macs"]]
         groups.setdefault(json.dumps([run.settings, run.processes, judged], sort_keys=True), []).append(run)
     for group in groups.values():
         seen: dict[int, Run] = {}
         for run in group:
-            if run.seed in seen:
-                raise UserError(f"{seen[run.seed].folder} and {run.folder} are the same run, seed {run.seed} included; give one")
-            seen[run.seed] = run
+            same = seen.setdefault(run.seed, run)
+            if same is not run:
+                # The seed and the training labels determine the hold-out.
+                other = "" if same.split_hash == run.split_hash else " and trained on other images"
+                raise UserError(f"{same.folder} and {run.folder} are runs of the same flags, seed {run.seed} included{other}; "
+                                "give one")
     return list(groups.values())
 
 
