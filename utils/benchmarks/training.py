@@ -35,6 +35,7 @@ OPTIONS = {"bf16": {"amp": "bf16"}, "channels_last": {"channels_last": True}, "c
            "cuda_graphs": {"cuda_graphs": True}}
 # Operations by the beginnings of their names, as the profiler spells them.
 KINDS = {"convolution": ("aten::mkldnn_convolution", "aten::convolution", "aten::cudnn_convolution", "aten::_conv"),
+         "matrix product": ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"),
          "batch norm": ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::_batch_norm"),
          "cat": ("aten::cat",), "ReLU": ("aten::relu", "aten::clamp_min", "aten::threshold_backward"),
          "sums": ("aten::add",), "compiled": ("## Call CompiledFxGraph", "triton_")}
