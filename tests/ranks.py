@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import eval_imagenet
 import train_imagenet
-from models import layers, msdnet
+from models import layers, msdnet, ranet
 from utils import distributed, evaluation, trainer
 from utils.engine import EpochFigures
 
@@ -33,7 +33,7 @@ def fixed_normalisation(self: nn.BatchNorm2d, x: Tensor) -> Tensor:
 def run_all(runs: list[dict], folder: Path) -> list[float]:
     """Do the runs one after the other; what `predict` returned in an evaluation is kept in FOLDER/<name>.pth.
 
-    Leaves `predict` and batch normalisation patched.
+    Leaves `predict`, `run_bottlenecks` and batch normalisation patched.
 
     Returns:
         A sum over the statistics of the network of every validation during training.
@@ -51,7 +51,8 @@ def run_all(runs: list[dict], folder: Path) -> list[float]:
         own = run.get("own_statistics")
         nn.BatchNorm2d.forward = own_normalisation if own else fixed_normalisation
         # Run together, bottlenecks do not call the forward of their normalisations.
-        msdnet.run_bottlenecks = layers.run_bottlenecks if own else lambda bottlenecks, x: [b(x) for b in bottlenecks]
+        for module in (msdnet, ranet):
+            module.run_bottlenecks = layers.run_bottlenecks if own else lambda bottlenecks, x: [b(x) for b in bottlenecks]
         script = {"train": train_imagenet, "eval": eval_imagenet}[run["script"]]
         assert script.main(run["flags"]) == 0
         if run["script"] == "eval" and distributed.is_main():

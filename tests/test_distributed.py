@@ -17,7 +17,7 @@ from tiny import differences, make_images, outcome
 from torch import nn
 
 from args import parse_args
-from models import BoostedNet, MSDNet
+from models import BoostedNet, MSDNet, msdnet, ranet
 from utils import checkpoint, distributed, errors, evaluation, trainer
 from utils.errors import UserError
 from utils.lock import locked
@@ -72,6 +72,8 @@ def alone(images, tmp_path_factory) -> Path:
         patch.setattr(nn.BatchNorm2d, "forward", nn.BatchNorm2d.forward)
         for module in (trainer, evaluation):
             patch.setattr(module, "predict", module.predict)
+        for module in (msdnet, ranet):
+            patch.setattr(module, "run_bottlenecks", module.run_bottlenecks)
         ranks.run_all([*runs, *eval_runs(images, folder / "msdnet/model_best.pth", folder)], folder)
     return folder
 
