@@ -124,6 +124,31 @@ def test_convolutions_that_read_one_map_run_together_and_train_as_each_by_itself
     assert not joint
 
 
+@pytest.mark.parametrize("build, config", [(MSDNet, MSD), (RANet, RAN)])
+@pytest.mark.parametrize("change", ["one evaluates", "another kind"])
+def test_normalisation_that_is_not_to_take_statistics_of_the_batch_alone_runs_by_itself(build, config, change):
+    class Synchronised(torch.nn.BatchNorm2d):   # as nn.SyncBatchNorm, which needs GPUs
+        def forward(self, x):
+            calls.append(self)
+            return super().forward(x)
+
+    calls, changed = [], []
+    net = build(**config)
+    for bottleneck in (m for m in net.modules() if isinstance(m, Bottleneck)):
+        norm = bottleneck.net[1]
+        if change == "another kind":
+            norm.__class__ = Synchronised
+        elif len(changed) % 2:
+            norm.eval()
+        changed.append(norm)
+    before = [norm.running_mean.clone() for norm in changed]
+    net(torch.randn(4, 3, 32, 32))
+    if change == "another kind":
+        assert set(calls) == set(changed)
+    for norm, mean in zip(changed, before, strict=True):
+        assert torch.equal(norm.running_mean, mean) is not norm.training
+
+
 def test_ranet_runs_convolutions_of_later_exits_ahead_only_in_training_and_only_together_with_others():
     net, x = RANet(**RAN), torch.randn(2, 3, 32, 32)
     for prepare, ahead in ((net.train, True), (net.eval, False), (lambda: run_separately(net.train()), False)):
