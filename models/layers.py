@@ -30,7 +30,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """Return x unchanged; its gradient is multiplied by `factor`."""
-    return _ScaleGradient.apply(x, factor) if torch.is_grad_enabled() else x
+    return _ScaleGradient.apply(x, factor) if x.requires_grad else x
 
 
 class _DenseGradient(torch.autograd.Function):
@@ -68,7 +68,7 @@ def resize_like(x: Tensor, size: torch.Size) -> Tensor:
     resized = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
     # The gradient is a slice of that of a concatenation. For slices in channels-last layout PyTorch's backward pass goes
     # through the other layout, on the way in and on the way out.
-    return _DenseGradient.apply(resized) if torch.is_grad_enabled() else resized
+    return _DenseGradient.apply(resized) if resized.requires_grad else resized
 
 
 def concatenate(x: Tensor, *others: Tensor) -> Tensor:

@@ -78,6 +78,12 @@ def test_a_program_holds_only_the_weights_of_its_own_exit(run):
     assert max(sizes) < whole and sum(sizes) == pytest.approx(whole, rel=0.02)   # folded: no batch-norm weights, but biases
 
 
+def test_programs_hold_nothing_of_what_is_for_gradients_alone(run):
+    model, _ = load_model(run / "run" / "model_best.pth")
+    for program in export.export_steps(model, 32):
+        assert not [node.target for node in program.graph.nodes if "view_as" in str(node.target)]
+
+
 def test_mistakes_end_with_one_line(run, tmp_path, capsys):
     def refused(*line: object) -> str:
         return tiny.one_line_error(capsys, lambda: export.main([str(word) for word in line]))
