@@ -77,8 +77,8 @@ def disturb(images: Path, folder: Path, epochs: int, draw: random.Random, longes
             events[number.name] += 1
         else:
             assert code == 0, f"exit code {code}"
-        # A process that was killed while it started has not yet set the damaged file aside.
-        still_damaged = bool(damaged) and latest.exists() and latest.read_bytes() == damaged
+        # Only a process that was ended while it started may not yet have set the damaged file aside.
+        still_damaged = code != 0 and bool(damaged) and latest.exists() and latest.read_bytes() == damaged
         for name in (checkpoint.LATEST, checkpoint.PREVIOUS, checkpoint.BEST):
             if (folder / name).exists() and not (name == checkpoint.LATEST and still_damaged):
                 checkpoint.load(folder / name)
