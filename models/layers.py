@@ -72,7 +72,7 @@ def resize_like(x: Tensor, size: torch.Size) -> Tensor:
 
 
 def concatenate(x: Tensor, *others: Tensor) -> Tensor:
-    """Maps (B, C, H, W) side by side along the channels, in the memory layout of x."""
+    """Maps (B, C, H, W) side by side along the channels, in the memory layout of x, which has more than one channel."""
     if x.stride(1) == 1:
         # The strides of maps of one channel do not tell the layout, batch normalisation returns them as channels-first ones,
         # and a single map of such strides would bring the result, and with it all that follows, into that layout.
@@ -101,8 +101,8 @@ class Bottleneck(nn.Module):
     """3x3 convolution behind an optional 1x1 one that narrows its input to min(in_channels, bn_factor * out_channels).
 
     Attributes:
-        joins: `run_bottlenecks` may run the 1x1 convolution together with others. False where the gradient may not reach both:
-            together each gets one, which is zero in place of None for those left out, and optimisers shrink such weights.
+        joins: the 1x1 convolution may run together with others. False where the gradient may not reach all of them: together
+            each gets one, which is zero in place of None for those left out, and optimisers shrink such weights.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, bn_factor: int, stride: int = 1,
@@ -119,6 +119,13 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
+    @property
+    def is_joinable(self) -> bool:
+        """Whether `run_bottlenecks` may run the 1x1 convolution together with others: if it `joins`, and its normalisation is
+        plain BatchNorm2d in training mode."""
+        norm = self.net[1]
+        return self.joins and type(norm) is nn.BatchNorm2d and norm.training
+
     def after_first(self, x: Tensor) -> Tensor:
         """What follows the 1x1 convolution with its normalisation and ReLU."""
         for layer in list(self.net)[3:]:
@@ -131,13 +138,12 @@ def run_bottlenecks(bottlenecks: Sequence[Bottleneck], x: Tensor) -> list[Tensor
 
     In training their 1x1 convolutions, with normalisation and ReLU, run as a single wide one: such a convolution costs mostly
     the reading of its input and the writing of its input's gradient. The results are those of each bottleneck by itself to
-    rounding. By itself each one runs in evaluation, without 1x1 convolutions, and where normalisation is not plain BatchNorm2d.
+    rounding. By itself each one runs where one of them is not joinable, so always in evaluation.
     """
-    convs, norms = zip(*((b.net[0], b.net[1]) for b in bottlenecks))
-    joint = all(b.joins for b in bottlenecks) and all(type(norm) is nn.BatchNorm2d and norm.training for norm in norms)
     as_product = x.is_cpu and x.is_contiguous()   # of a convolution, oneDNN would first bring the map into a layout of its own
-    if not joint or (len(bottlenecks) == 1 and not as_product):
+    if not all(b.is_joinable for b in bottlenecks) or (len(bottlenecks) == 1 and not as_product):
         return [b(x) for b in bottlenecks]
+    convs, norms = zip(*((b.net[0], b.net[1]) for b in bottlenecks))
     kernels = torch.cat([conv.weight for conv in convs])
     y = torch.matmul(kernels.flatten(1), x.flatten(2)).unflatten(2, x.shape[2:]) if as_product else F.conv2d(x, kernels)
     mean, var, weight, bias = (torch.cat([getattr(norm, name) for norm in norms])

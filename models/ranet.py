@@ -251,10 +251,10 @@ class RANet(nn.Module):
 
     def _reads_ahead(self, subnet: int, i: int) -> Block | None:
         """The block that reads block i's feature list, if it may do so ahead of its turn: in training, where all exits run."""
-        if not self.training or subnet == len(self.scale_flows) - 1:
+        if subnet == len(self.scale_flows) - 1:
             return None
         finer = self.scale_flows[subnet + 1][i]
-        return finer if all(layer.conv_up.joins for layer in finer.layers) else None
+        return finer if all(layer.conv_up.is_joinable for layer in finer.layers) else None
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Raw logits (B, num_classes) of every exit, shallow to deep, for images x (B, 3, H, W)."""

@@ -87,9 +87,18 @@ def test_folders_without_arrays_end_with_one_line(published, tmp_path, capsys, d
     assert ("has no arrays" if damage == "missing" else "not a file of published arrays") in message
 
 
-def test_arrays_of_the_other_mode_end_with_one_line(published, tmp_path, capsys):
-    (tmp_path / "arrays_dynamic.npz").write_bytes((published / "arrays_anytime.npz").read_bytes())
-    assert "does not hold what dynamic curves" in one_line_error(capsys, lambda: publish.main([str(tmp_path)]))
+@pytest.mark.parametrize("kind, other", [("dynamic", "anytime"), ("anytime", "dynamic")])
+def test_arrays_of_the_other_mode_end_with_one_line(published, tmp_path, capsys, kind, other):
+    (tmp_path / f"arrays_{kind}.npz").write_bytes((published / f"arrays_{other}.npz").read_bytes())
+    assert f"does not hold what {kind} curves" in one_line_error(capsys, lambda: publish.main([str(tmp_path)]))
+
+
+@pytest.mark.parametrize("change", [{"macs": [1.0]}, {"macs": None}, None])
+def test_arrays_with_other_words_about_them_end_with_one_line(published, tmp_path, capsys, change):
+    about, parts = publish.load_arrays(published / "arrays_anytime.npz")
+    publish.save_arrays(tmp_path / "arrays_anytime.npz", {**about, **change} if change else [1, 2], parts)
+    message = one_line_error(capsys, lambda: publish.main([str(tmp_path)]))
+    assert "does not hold what anytime curves" in message or "not a file of published arrays" in message
 
 
 def test_a_network_without_hold_out_cannot_be_published_as_budgeted(images, tmp_path, capsys):

@@ -133,7 +133,7 @@ def load_arrays(path: Path) -> tuple[dict[str, Any], dict[str, Arrays]]:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            about, parts = json.loads(str(file["about"])), {}
+            about, parts = dict(json.loads(str(file["about"]))), {}
             for name in ("test", "valid"):
                 if f"{name}_confidence" in file:
                     confidence = file[f"{name}_confidence"].astype(np.float32)
@@ -149,7 +149,8 @@ def redraw(folder: Path, kind: str) -> list[Path]:
     path = folder / f"arrays_{kind}.npz"
     about, parts = load_arrays(path)
     needed = {"test"} if kind == "anytime" else {"test", "valid"}
-    if not (needed <= parts.keys() and {"top5", "macs"} <= about.keys()):
+    n_exits = {len(part) for arrays in parts.values() for part in arrays}
+    if parts.keys() != needed or n_exits != {len(about.get("macs") or ())} or "top5" not in about:
         raise UserError(f"{path} does not hold what {kind} curves are drawn from")
     test = parts["test"]
     top5 = about.pop("top5")
