@@ -145,7 +145,10 @@ def run_bottlenecks(bottlenecks: Sequence[Bottleneck], x: Tensor) -> list[Tensor
         return [b(x) for b in bottlenecks]
     convs, norms = zip(*((b.net[0], b.net[1]) for b in bottlenecks))
     kernels = torch.cat([conv.weight for conv in convs])
-    y = torch.matmul(kernels.flatten(1), x.flatten(2)).unflatten(2, x.shape[2:]) if as_product else F.conv2d(x, kernels)
+    if as_product:   # torch.matmul would copy the map, too
+        y = torch.bmm(kernels.flatten(1).expand(len(x), -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
+    else:
+        y = F.conv2d(x, kernels)
     mean, var, weight, bias = (torch.cat([getattr(norm, name) for norm in norms])
                                for name in ("running_mean", "running_var", "weight", "bias"))
     y = F.batch_norm(y, mean, var, weight, bias, training=True, momentum=norms[0].momentum, eps=norms[0].eps)
