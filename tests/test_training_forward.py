@@ -33,7 +33,8 @@ def network(name: str = "msdnet", device="cpu", dtype=torch.float32) -> BoostedN
 
 
 def batches(device="cpu", dtype=torch.float32) -> list[tuple]:
-    draw = torch.Generator().manual_seed(1)
+    # Not seed 1: there a value in front of a ReLU of the RANet is zero to rounding, and the number of threads decides its sign.
+    draw = torch.Generator().manual_seed(3)
     return [(torch.randn(n, 3, 32, 32, generator=draw, dtype=torch.float64).to(device, dtype),
              torch.randint(0, 5, (n,), generator=draw).to(device), 1.0) for n in [BATCH] * STEPS + [BATCH - 1]]
 
