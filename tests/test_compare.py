@@ -17,6 +17,7 @@ import train_cifar100
 from utils import compare, comparison, footprint
 from utils.errors import UserError
 from utils.lock import locked
+from utils.result_files import stem
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,8 +65,8 @@ def calls(monkeypatch):
 
 
 def test_table_figure_and_markdown_come_from_the_runs(compared):
-    rows = [comparison.read_row(compared / "boost"),
-            *(comparison.read_row(compared / "joint", name) for name in (None, "boost", "average", "poe"))]
+    rows = [comparison.read_row(compared / "boost", {}),
+            *(comparison.read_row(compared / "joint", how) for how in compare.readings("joint", compared, [0.5]))]
     assert [row.label for row in rows] == ["BoostNet", "joint training", "joint training, exits added up",
                                            "joint training, exits averaged", "joint training, product of exits"]
     table = (compared / "compare.md").read_text()
@@ -105,12 +106,12 @@ def test_evaluation_files_of_other_flags_are_written_again(compared, images, cal
     path = compared / "joint" / name
     usual = path.read_text()
     path.write_text(json.dumps(changes and json.loads(usual) | changes))
-    compare.evaluate("joint", compared, [])
+    compare.evaluate("joint", compared, [], [0.5])
     path.write_text(usual)
     evaluation, = calls
     assert evaluation[4] == name.partition(".")[0].partition("_")[0] and ("poe" in evaluation) == ("poe" in name)
     calls.clear()
-    compare.evaluate("joint", compared, [])
+    compare.evaluate("joint", compared, [], [0.5])
     assert not calls
 
 
@@ -195,7 +196,7 @@ def test_a_failing_method_costs_what_builds_on_it_and_no_other(tmp_path, monkeyp
             raise compare.Failed(codes[method])
 
     monkeypatch.setattr(compare, "train", train)
-    monkeypatch.setattr(compare, "report", lambda folder, done, failed, svg: shown.append((done, failed)))
+    monkeypatch.setattr(compare, "report", lambda folder, done, failed, temperatures, svg: shown.append((done, failed)))
     assert compare.main(["--result_dir", str(tmp_path)]) == 1
     assert shown.pop() == (["boost"], ["joint", "imta"])
     for code, ended in ((2, 2), (75, 75), (130, 130), (-9, 1)):   # a mistake and a signal are for all methods
@@ -212,7 +213,7 @@ def test_a_missing_file_is_named(compared, tmp_path, name):
         if path.name != name:
             (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(UserError, match=name):
-        comparison.read_row(tmp_path, "poe" if "poe" in name else None)
+        comparison.read_row(tmp_path, {"ensemble": "poe"} if "poe" in name else {})
 
 
 @pytest.mark.parametrize("name", ["results.json", "footprint.json"])
@@ -222,11 +223,11 @@ def test_a_file_of_something_else_is_one_error(compared, tmp_path, name, content
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match="is of something else"):
-        comparison.read_row(tmp_path)
+        comparison.read_row(tmp_path, {})
 
 
 def made_up(compared, method="boost", **changes):
-    row = comparison.read_row(compared / method)
+    row = comparison.read_row(compared / method, {})
     return row._replace(**changes)
 
 
@@ -244,15 +245,15 @@ def test_budgeted_columns_read_the_curves_between_common_costs(compared):
 
 
 def test_a_run_that_started_from_another_carries_its_time(compared):
-    alone = comparison.read_row(compared / "boost").train_s
-    before = comparison.read_row(compared / "joint").train_s
-    assert comparison.read_row(compared / "boost", after=compared / "joint").train_s == pytest.approx(alone + before)
+    alone = comparison.read_row(compared / "boost", {}).train_s
+    before = comparison.read_row(compared / "joint", {}).train_s
+    assert comparison.read_row(compared / "boost", {}, after=compared / "joint").train_s == pytest.approx(alone + before)
 
 
 def test_the_figure_has_four_labelled_panels_and_tells_eleven_rows_apart(compared):
     rows = [made_up(compared, colour=colour) for colour in range(7)]
-    rows += [comparison.read_row(compared / "joint", name, colour=1, reading=reading)
-             for reading, name in enumerate(("boost", "average", "poe"), 1)]
+    rows += [comparison.read_row(compared / "joint", {"ensemble": name}, colour=1, line=line)
+             for line, name in enumerate(("boost", "average", "poe"), 1)]
     figure = comparison.draw(rows)
     anytime, budgeted, seconds, memory = figure.axes
     for axes in figure.axes:
@@ -342,6 +343,17 @@ def test_flags_that_one_method_refuses_are_refused_before_anything_is_trained(tm
     assert not (tmp_path / "compare").exists()
 
 
-def test_temperatures_reach_the_exits_that_are_added_up(tmp_path):
-    assert compare.parse(["--methods", "joint", "--ensemble_reweight", "0.3"])[0].temperatures == ["--ensemble_reweight", "0.3"]
-    assert compare.parse(["--methods", "joint"])[0].temperatures == []
+def test_temperatures_reach_the_exits_that_are_added_up_and_name_their_files(compared, images, calls):
+    own, _, place = compare.parse(["--methods", "joint", "--ensemble_reweight", "0.2,0.4", *flags(images)])
+    compare.evaluate("joint", compared, place, own.temperatures)
+    assert [call[-4:] for call in calls] == [["--ensemble", "boost", "--ensemble_reweight", "0.2,0.4"]] * 2
+    assert all(stem(mode, compare.readings("joint", compared, [0.2, 0.4])[1]) == f"{mode}_boost_t0.3-0.4"
+               for mode in ("anytime", "dynamic"))
+
+
+def test_a_network_that_more_epochs_make_another_is_no_start_for_a_finished_run(compared, images, calls, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "recipe_of", lambda name: compare.Recipe(after="joint" if name == "boost" else None))
+    command = ["--result_dir", str(compared), "--methods", "boost,joint", *flags(images)]
+    assert compare.main(command) == 0
+    message = tiny.one_line_error(capsys, lambda: compare.main([*command, "--epochs", "3"]))
+    assert "started from the network of joint after 2 epochs" in message and not calls

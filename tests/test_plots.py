@@ -22,7 +22,7 @@ def write_run(folder, *, anytime=True, dynamic=True, points=((10, 60, 61), (20, 
     if anytime:
         (folder / f"anytime{suffix}.json").write_text(json.dumps({**header, "top1": [60.0, 65.0, 69.0], "top5": [90.0] * 3}))
     if dynamic:
-        entries = [{"budget": None if family == "released" else macs * 1e6, "valid_mean_macs": macs * 1e6,
+        entries = [{"budget": None if family == "released" else macs * 1e6, "p": 1.0, "valid_mean_macs": macs * 1e6,
                     "test_mean_macs": macs * 1e6, "valid_top1": valid, "test_top1": test} for macs, valid, test in points]
         name = f"dynamic{'_flat' if flat else ''}{suffix}.json"
         (folder / name).write_text(json.dumps({**header, "family": family, "flat": flat, "points": entries}))
@@ -179,6 +179,9 @@ def test_files_that_lack_something_or_hold_something_else_are_refused_and_named(
         bad += [{**good, "top1": good["top1"][:-1]}, {**good, "macs": [*MACS, 10**400]}]
     else:
         point = good["points"][0]
+        swept = {name: value for name, value in point.items() if name != "p"}   # which only the sweep's files need
+        bad += [{**good, "family": "released", "points": [other]} for other in (swept, {**point, "p": "x"})]
+        point = swept
         bad += [{**good, "points": [point, other]} for other in (
             1, None, *({**point, key: value} for key in point for value in ("x", float("nan"), [])))]
         bad += [{**good, "points": [{name: value for name, value in point.items() if name != key}]} for key in point]

@@ -199,6 +199,17 @@ def test_an_ensemble_has_files_and_titles_of_its_own_in_every_mode(images, joint
                                      "joint training, MSDNet, exits averaged", "joint training, MSDNet, product of exits"]
 
 
+def test_exits_added_up_with_other_temperatures_have_files_and_titles_of_their_own(images, joint, tmp_path, capsys):
+    for temperatures in ("0.5", "0.2", "0.2,0.4"):
+        assert evaluate(images, joint, "--ensemble", "boost", "--ensemble_reweight", temperatures, into=tmp_path) == 0
+    assert "msdnet_ge joint (exits added up, t = 0.3-0.4) folder" in capsys.readouterr().out
+    names = {path.stem: json.loads(path.read_text())["temperatures"][1:] for path in tmp_path.glob("*.json")}
+    assert names == {"anytime_boost": [0.5, 0.5], "anytime_boost_t0.2": [0.2, 0.2],
+                     "anytime_boost_t0.3-0.4": pytest.approx([0.3, 0.4])}
+    assert sorted(labels(read_results(tmp_path))) == [f"joint training, MSDNet, exits added up{more}"
+                                                      for more in ("", ", t = 0.2", ", t = 0.3-0.4")]
+
+
 def test_figures_of_an_ensemble_are_those_of_its_predictions(images, joint, tmp_path):
     model, saved = load_model(joint / "model_latest.pth")
     raw, labels_ = [], []
@@ -214,7 +225,7 @@ def test_figures_of_an_ensemble_are_those_of_its_predictions(images, joint, tmp_
 
 def test_temperatures_of_an_added_up_joint_model_come_from_the_command_line(images, joint, tmp_path, capsys):
     evaluate(images, joint, "--ensemble", "boost", "--ensemble_reweight", "0.2,0.4", into=tmp_path)
-    assert json.loads((tmp_path / "anytime_boost.json").read_text())["temperatures"] == pytest.approx([0.2, 0.3, 0.4])
+    assert json.loads((tmp_path / "anytime_boost_t0.3-0.4.json").read_text())["temperatures"] == pytest.approx([0.2, 0.3, 0.4])
     capsys.readouterr()
     flags_ = ["--ensemble", "boost", "--ensemble_reweight", "1,1,1,1"]
     message = tiny.one_line_error(capsys, lambda: evaluate(images, joint, *flags_))

@@ -8,7 +8,6 @@ panels show, in one factor; what a run is, its results.json says, whatever its f
 """
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from utils.catalog import title_of
 from utils.cli import OneLineParser
 from utils.errors import UserError, user_errors
-from utils.plots import COLOURS, INK, MARKERS, plain, save
+from utils.figures import COLOURS, INK, LEGEND, MARKERS, MILLIONS, TOP1, dress, new_figure, plain, save
 from utils.report import Run, read_run
 
 # What a panel varies, and its title.
@@ -78,10 +77,7 @@ def panel_runs(runs: Sequence[Run], panel: str) -> dict[float | str, Run]:
 
 def draw(runs: Sequence[Run]):
     """The figure: accuracy of every exit against its cost, a panel for each factor, all on the same axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(12.6, 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12.6, 4.4)
     settings, test = runs[0].settings, runs[0].test
     epochs = f"{settings['epochs']} epoch{'s' if settings['epochs'] > 1 else ''}"
     figure.suptitle(plain(f"Ablations: {title_of(test['dataset'])}, MSDNet with {len(test['macs'])} exits, {epochs}, "
@@ -92,14 +88,9 @@ def draw(runs: Sequence[Run]):
             axes.plot([macs / 1e6 for macs in run.test["macs"]], run.test["top1"], marker=MARKERS[i % len(MARKERS)], markersize=5,
                       color=INK if reference else COLOURS[i % len(COLOURS)], linewidth=2.2 if reference else 1.4,
                       label=f"{value:g}" if isinstance(value, (int, float)) else value, zorder=3 if reference else 2)
-        axes.set_title(PANELS[panel], fontsize=11, color=INK)
-        axes.set_xlabel("cost of the exit ($10^6$ MACs)", color=INK)
-        axes.grid(True, color="#E3E3E3", linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=INK)
-        axes.legend(loc="lower right", title="black: reference", title_fontsize=8, fontsize=9, framealpha=0.9,
-                    edgecolor="#CCCCCC")
-    figure.axes[0].set_ylabel("top-1 accuracy (%)", color=INK)
+        dress(axes, PANELS[panel], f"cost of the exit ({MILLIONS} MACs)")
+        axes.legend(title="black: reference", title_fontsize=8, fontsize=9, **LEGEND)
+    figure.axes[0].set_ylabel(TOP1, color=INK)
     return figure
 
 
@@ -108,10 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", metavar="DIR", help="folder that holds the run folders")
     parser.add_argument("--output", metavar="FILE", help="the .png file; default: ablation.png in DIR")
     args = parser.parse_args(argv)
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # its cache is nobody's concern here
     with user_errors():
         folder = Path(args.folder)
-        for path in save(draw(read_runs(folder)), Path(args.output or folder / "ablation.png"), svg=False):
+        for path in save(draw(read_runs(folder)), Path(args.output or folder / "ablation.png")):
             print(path)
     return 0
 

@@ -76,7 +76,14 @@ METHODS = {
     "boost_distill": TrainingMethod("BoostNet, distillation", True, _DISTILLATION | {"trainable_ensemble", "loss_equal"},
                                     {"distill_weight": 0.35, "distill_T": 2.5}),
 }
+ARCHITECTURES = {"msdnet": "MSDNet without rescaling", "msdnet_ge": "MSDNet", "ranet": "RANet",
+                 "ranet_ge": "RANet with rescaling"}
 METHOD_ALIASES = {"conventional": "joint"}
+
+
+def arch_title(arch: str) -> str:
+    """Name of a network in plots and tables."""
+    return ARCHITECTURES.get(arch, arch)
 
 
 def method_title(method: str) -> str:

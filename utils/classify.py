@@ -18,7 +18,7 @@ from utils.early_exit import EarlyExit, Exits
 from utils.engine import predict
 from utils.errors import UserError
 from utils.inference import prepare_for_inference
-from utils.reading import POLICIES, read_exits, suffix
+from utils.reading import POLICIES, read_exits
 from utils.restore import restore
 from utils.tables import format_table, millions
 
@@ -47,8 +47,7 @@ def classify_files(args: argparse.Namespace, saved: dict[str, Any], open_data: C
     if budget:
         operating_points.check(macs, budget)
     measure = POLICIES[args.policy]
-    points = operating_points.stored(folder, saved, suffix(reading) + args.save_suffix, temperatures=model.temperatures,
-                                     **reading)
+    points = operating_points.stored(folder, saved, args.save_suffix, temperatures=model.temperatures, **reading)
     point = operating_points.choose(points, macs, budget)
     if point:
         thresholds, budget = point["thresholds"], point["budget"]

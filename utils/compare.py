@@ -19,16 +19,18 @@ from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from utils.checkpoint import LATEST
+from models import expand_temperatures
+from utils.checkpoint import LATEST, load_latest
 from utils.cli import OneLineParser, is_path
 from utils.comparison import FOOTPRINT, draw, markdown, read_row, text
 from utils.errors import FAILURE, STOPPED, UserError, user_errors
+from utils.figures import save
 from utils.files import atomic_write
 from utils.flags import build_parser
 from utils.lock import locked
-from utils.plots import save
+from utils.result_files import stem
 from utils.run import RESULTS, SPLIT
 
 ROOT = Path(__file__).parent.parent
@@ -102,19 +104,49 @@ def train(method: str, folder: Path, flags: Sequence[str]) -> None:
         file.write(json.dumps(command).encode())
 
 
-def evaluate(method: str, folder: Path, flags: Sequence[str], temperatures: Sequence[str] = ()) -> None:
-    """Write the evaluation files of one method that are missing, older than its checkpoint, or of other flags.
+def require_same_start(method: str, folder: Path, epochs: int) -> None:
+    """Refuse to go on with a run that started from a network which `epochs` makes another one.
 
-    `temperatures`: flags of the additive head, for exits that were trained alone and are added up.
+    Raises:
+        UserError: when the run has begun and is of another number of epochs.
     """
+    run, after = folder / method, recipe_of(method).after
+    saved = load_latest(run) if after else None
+    begun = saved["training"]["config"].get("epochs") if saved else epochs
+    if begun != epochs:
+        raise UserError(f"{run} started from the network of {after} after {begun} epochs, and --epochs {epochs} makes that "
+                        f"another; move {run} away to train it anew, or name another --result_dir")
+
+
+def readings(method: str, folder: Path, temperatures: Sequence[float]) -> list[dict[str, Any]]:
+    """How the exits of a trained method are read, as its evaluation files say it; the usual way first.
+
+    Args:
+        temperatures: of the additive head, for exits that were trained alone and are added up.
+    Raises:
+        UserError: when the run's results.json is something else.
+    """
+    path = folder / method / RESULTS
+    try:
+        n_exits = len(_content(path)["test"]["macs"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is of something else; train this run again") from error
+    return [{}, *({"ensemble": ensemble, "temperatures": expand_temperatures(temperatures, n_exits)}
+                  for ensemble in recipe_of(method).ensembles)]
+
+
+def evaluate(method: str, folder: Path, flags: Sequence[str], temperatures: Sequence[float]) -> None:
+    """Write the evaluation files of one method that are missing, older than its checkpoint, or of other flags."""
     checkpoint = folder / method / LATEST
     epoch = ((_content(folder / method / RESULTS) or {}).get("test") or {}).get("epoch")
-    for ensemble in (None, *recipe_of(method).ensembles):
+    for reading in readings(method, folder, temperatures):
+        ensemble = reading.get("ensemble")
+        how = ["--ensemble", ensemble] if ensemble else []
+        how += ["--ensemble_reweight", ",".join(map(str, temperatures))] if ensemble == "boost" else []
         for mode in ("anytime", "dynamic"):
-            path = folder / method / f"{mode}{f'_{ensemble}' if ensemble else ''}.json"
+            path = folder / method / f"{stem(mode, reading)}.json"
             if not path.exists() or path.stat().st_mtime < checkpoint.stat().st_mtime or not _is_usual(path, ensemble, epoch):
-                _call([str(ROOT / "eval_cifar100.py"), "--evaluate-from", str(checkpoint), "--evalmode", mode, *flags,
-                       *(["--ensemble", ensemble] if ensemble else []), *(temperatures if ensemble == "boost" else [])],
+                _call([str(ROOT / "eval_cifar100.py"), "--evaluate-from", str(checkpoint), "--evalmode", mode, *flags, *how],
                       quiet=True)
 
 
@@ -186,8 +218,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Namespace, list[str], list[str]]:
     if unwanted:
         parser.error(f"{' and '.join(unwanted)} cannot be chosen here: the program sets it, or has no use for it")
     place = [word for name in PLACE if name in explicit for word in (training.spelling(name), str(getattr(given, name)))]
-    own.temperatures = (["--ensemble_reweight", ",".join(map(str, given.ensemble_reweight))]
-                        if "ensemble_reweight" in explicit else [])
+    own.temperatures, own.epochs = given.ensemble_reweight, given.epochs
     for method in own.methods:   # before the first of them has trained for hours
         problem = refusal(["--method", method, *RECIPE, *rest, *recipe_of(method).flags,
                            *(["--checkpoint", "x"] if recipe_of(method).after else [])])
@@ -207,6 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, training, place = parse(argv)
     folder, done, failed = Path(own.result_dir), [], []
     with user_errors():
+        for method in own.methods:   # before the network that it started from is trained further
+            require_same_start(method, folder, own.epochs)
         for method in own.methods:
             if recipe_of(method).after in failed:
                 failed.append(method)
@@ -223,15 +256,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failed.append(method)
         if not done:
             raise UserError(f"no method could be trained: {', '.join(failed)}")
-        report(folder, done, failed, svg=own.svg)
+        report(folder, done, failed, own.temperatures, svg=own.svg)
     return FAILURE if failed else 0
 
 
-def report(folder: Path, methods: Sequence[str], failed: Sequence[str] = (), *, svg: bool = False) -> None:
+def report(folder: Path, methods: Sequence[str], failed: Sequence[str], temperatures: Sequence[float], *,
+           svg: bool = False) -> None:
     """Print the table of finished runs and write compare.md and compare.png (and .svg)."""
     names = method_names()
-    rows = [read_row(folder / method, ensemble, after=_after(folder, method), colour=names.index(method), reading=reading)
-            for method in methods for reading, ensemble in enumerate((None, *recipe_of(method).ensembles))]
+    rows = [read_row(folder / method, reading, after=_after(folder, method), colour=names.index(method), line=line)
+            for method in methods for line, reading in enumerate(readings(method, folder, temperatures))]
     print("\n" + text(rows))
     if failed:
         print(f"failed, see above, and not in the table: {', '.join(failed)}")

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +10,9 @@ import numpy as np
 
 from utils.catalog import method_title, title_of
 from utils.errors import UserError
-from utils.plots import COLOURS, INK, LINES, MARKERS, MILLIONS, plain
+from utils.figures import COLOURS, INK, LINES, MARKERS, MILLIONS, TOP1, dress, new_figure, plain
 from utils.reading import reading_words
+from utils.result_files import stem
 from utils.run import RESULTS
 from utils.tables import format_table, millions
 
@@ -27,7 +28,7 @@ class Row(NamedTuple):
     Attributes:
         anytime, dynamic: the evaluation files.
         colour: number of its method, which settles its colour.
-        reading: number of the reading among those of the method, 0 for the usual one.
+        line: number of the reading of its exits, 0 for the usual one, which settles the kind of line.
         train_s: seconds in training steps, with those of the run it started from; None for another reading.
         memory_bytes: peak of the training program, likewise; on a GPU that of PyTorch's tensors.
         on_gpu: whether it is.
@@ -37,7 +38,7 @@ class Row(NamedTuple):
     anytime: dict[str, Any]
     dynamic: dict[str, Any]
     colour: int
-    reading: int
+    line: int
     train_s: float | None
     memory_bytes: int | None
     on_gpu: bool
@@ -61,26 +62,25 @@ class Row(NamedTuple):
         return tuple(np.asarray(points).T)
 
 
-def read_row(run: Path, ensemble: str | None = None, *, after: Path | None = None, colour: int = 0, reading: int = 0) -> Row:
+def read_row(run: Path, reading: Mapping[str, Any], *, after: Path | None = None, colour: int = 0, line: int = 0) -> Row:
     """The figures of a run's folder.
 
     Args:
-        ensemble: other reading of its exits.
+        reading: of its exits, as evaluation files say it (`utils.result_files.stem`); {} for the usual one.
         after: folder of the run that it started from.
-        colour, reading: see `Row`.
+        colour, line: see `Row`.
     Raises:
         UserError: when a file is missing or damaged.
     """
-    suffix = f"_{ensemble}" if ensemble else ""
-    anytime, dynamic = (_read(run / f"{mode}{suffix}.json") for mode in ("anytime", "dynamic"))
+    anytime, dynamic = (_read(run / f"{stem(mode, reading)}.json") for mode in ("anytime", "dynamic"))
     trained, footprint = _read(run / RESULTS), _read(run / FOOTPRINT)
     try:
         train_s = memory = None
-        if not ensemble:
+        if not reading:
             folders = [run, *([after] if after else [])]
             train_s = sum(epoch["seconds"] for folder in folders for epoch in _read(folder / RESULTS)["epochs"])
             memory = max(peak["peak_cuda_bytes"] or peak["peak_rss_bytes"] for peak in (_read(f / FOOTPRINT) for f in folders))
-        return Row(anytime, dynamic, colour, reading, train_s, memory, footprint["peak_cuda_bytes"] > 0, len(trained["epochs"]),
+        return Row(anytime, dynamic, colour, line, train_s, memory, footprint["peak_cuda_bytes"] > 0, len(trained["epochs"]),
                    trained["config"]["seed"], trained["versions"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{run}: {RESULTS} or {FOOTPRINT} is of something else ({type(error).__name__} {error}); train this run "
@@ -147,20 +147,16 @@ def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def draw(rows: Sequence[Row]):
     """Accuracy of every exit, accuracy under an average budget, training time and peak memory, a panel each."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 8.2), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 8.2)
     figure.suptitle(plain(f"{title(rows)}, {rows[0].anytime['n_test']:,} test images"), fontsize=12, color=INK)
     trained = [row for row in rows if row.train_s is not None]
     (anytime, budgeted), (seconds, memory) = figure.subplots(2, 2, height_ratios=[3, 0.5 + 0.3 * len(trained)])
     for axes, name, x_label in ((anytime, "Anytime prediction: every exit", f"MACs to reach the exit ({MILLIONS})"),
                                 (budgeted, "Budgeted batch prediction", f"mean MACs per test image ({MILLIONS})")):
-        _dress(axes, name, x_label)
-        axes.set_ylabel("top-1 accuracy (%)", color=INK)
+        dress(axes, name, x_label, TOP1)
     for row in rows:
-        look = {"color": PALETTE[row.colour % len(PALETTE)], "linestyle": LINES[row.reading % len(LINES)], "linewidth": 1.6}
-        filled = "none" if row.reading else look["color"]
+        look = {"color": PALETTE[row.colour % len(PALETTE)], "linestyle": LINES[row.line % len(LINES)], "linewidth": 1.6}
+        filled = "none" if row.line else look["color"]
         anytime.plot(row.millions, row.anytime["top1"], marker=MARKERS[row.colour % len(MARKERS)], markersize=5,
                      markerfacecolor=filled, label=plain(row.label), **look)
         budgeted.plot(*row.curve, **look)
@@ -171,17 +167,8 @@ def draw(rows: Sequence[Row]):
     return figure
 
 
-def _dress(axes, name: str, x_label: str) -> None:
-    axes.set_title(name, fontsize=11, color=INK)
-    axes.set_xlabel(x_label, color=INK)
-    axes.grid(True, color="#E3E3E3", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK)
-
-
 def _bars(axes, rows: Sequence[Row], values: Sequence[float], name: str, x_label: str, form: str) -> None:
-    _dress(axes, name, x_label)
+    dress(axes, name, x_label)
     axes.grid(False, axis="y")
     bars = axes.barh([plain(row.label) for row in rows], values, color=[PALETTE[row.colour % len(PALETTE)] for row in rows],
                      height=0.65)

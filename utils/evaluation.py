@@ -21,9 +21,9 @@ from utils.files import atomic_write
 from utils.operating_points import finite, require_hold_out
 from utils.publish import publish
 from utils.reading import POLICIES, describe, read_exits
-from utils.reading import suffix as reading_suffix
 from utils.realtime import evaluate_realtime
 from utils.restore import identify, restore
+from utils.result_files import FAMILIES, stem
 from utils.run import write_json
 from utils.tables import format_table, millions
 
@@ -48,7 +48,7 @@ def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torc
         folder.mkdir(parents=True, exist_ok=True)
     # A released checkpoint says nothing about itself.
     about = header(identify(args) | saved, folder, model, data, **reading)
-    suffix = reading_suffix(about) + args.save_suffix
+    suffix = args.save_suffix
     if args.publish:
         publish(model, saved, data, folder, about=about, source=source, dynamic=args.evalmode == "dynamic")
     elif args.evalmode == "realtime":
@@ -81,11 +81,11 @@ def header(saved: dict[str, Any], folder: Path, model: BoostedNet, data, *, ense
 
 
 def evaluate_anytime(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], suffix: str = "") -> dict[str, Any]:
-    """Accuracy of every exit on the test set; prints the table, writes any{suffix}.txt, flops.pth and anytime{suffix}.json.
+    """Accuracy of every exit on the test set; prints the table, writes any*.txt, flops.pth and anytime*.json.
 
     Args:
         about: from `header`.
-        suffix: appended to the file names.
+        suffix: appended to the names of `utils.result_files.stem`.
     Returns:
         The content of the JSON file.
     """
@@ -98,9 +98,10 @@ def evaluate_anytime(model: BoostedNet, data, folder: Path, *, about: dict[str, 
                        [[n + 1, millions(macs), f"{params / 1e6:.3f}", f"{top1:.2f}", f"{top5:.2f}"]
                         for n, (macs, params, top1, top5) in enumerate(rows)],
                        title=f"\nAnytime prediction: {_describe(about)}, {data.n_test} test images"))
-    _write_columns(folder / f"any{suffix}.txt", rows)
+    name = stem("anytime", result, suffix)
+    _write_columns(folder / f"any{name.removeprefix('anytime')}.txt", rows)
     _write_costs(folder, about["macs"])
-    write_json(folder / f"anytime{suffix}.json", result)
+    write_json(folder / f"{name}.json", result)
     return result
 
 
@@ -108,8 +109,7 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
                       released: bool = False, flat: bool = False, suffix: str = "") -> dict[str, Any]:
     """Accuracy where inputs leave early, thresholds fitted on the hold-out and applied to the test set.
 
-    Prints one row per budget and writes dynamic{_flat}{_augmented}{suffix}.txt and .json, and flops.pth; _augmented where the
-    hold-out was read with training augmentation.
+    Prints one row per budget and writes dynamic*.txt, dynamic*.json and flops.pth.
 
     Args:
         budgets: average MACs per image; None takes 40 evenly over what the network can spend.
@@ -141,7 +141,7 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
 def evaluate_patience(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], suffix: str = "") -> dict[str, Any]:
     """Accuracy where inputs leave at the first exit that ends k exits in a row with the same answer, for every k.
 
-    Prints one row per k and writes dynamic{suffix}.txt, flops.pth and dynamic{suffix}.json, whose content it returns.
+    Prints one row per k and writes dynamic*.txt, flops.pth and dynamic*.json, whose content it returns.
 
     Raises:
         UserError: without a hold-out.
@@ -155,28 +155,22 @@ def evaluate_patience(model: BoostedNet, data, folder: Path, *, about: dict[str,
     return result
 
 
-# What the first column of a family's table is called, the entry of a point in it, and what the title says.
-_FAMILIES = {"eq9": ("budget", lambda point: millions(point["budget"]), "budgets solved by eq. 9"),
-             "released": ("q", lambda point: f"{point['p']:.2f}", "released sweep (shares ~ q^n, q = 1/20 ... 39/20)"),
-             "patience": ("patience", lambda point: point["patience"], "patience (exits in a row with one answer)")}
-
-
 def _report_budgeted(result: dict[str, Any], data, folder: Path, suffix: str) -> None:
     """Print the table of a curve and write its files."""
-    column, first, family = _FAMILIES[result["family"]]
+    family = FAMILIES[result["family"]]
     augmented = " with training augmentation" if result["augmented_hold_out"] else ""
     rows = []
     for point in result["points"]:
         shares = " ".join(f"{100 * share:3.0f}" for share in point["test_exit_share"])
-        rows.append([first(point), millions(point["valid_mean_macs"]), millions(point["test_mean_macs"]),
+        rows.append([family.show(point[family.key]), millions(point["valid_mean_macs"]), millions(point["test_mean_macs"]),
                      f"{point['valid_top1']:.2f}", f"{point['test_top1']:.2f}", shares])
     fitted = "thresholds from " if result["family"] != "patience" else ""
-    print(format_table([column, "hold-out MACs", "test MACs", "hold-out top-1", "test top-1",
+    print(format_table([family.column, "hold-out MACs", "test MACs", "hold-out top-1", "test top-1",
                         "test exits, %"], rows,
-                       title=f"\nBudgeted batch, {family}{', flat curve' if result['flat'] else ''}: {_describe(result)}\n"
+                       title=f"\nBudgeted batch, {family.title}{', flat curve' if result['flat'] else ''}: {_describe(result)}\n"
                              f"{fitted}{data.n_valid} held-out images{augmented}, {data.n_test} test images, "
                              "10^6 MACs per image"))
-    name = f"dynamic{'_flat' if result['flat'] else ''}{'_augmented' if result['augmented_hold_out'] else ''}{suffix}"
+    name = stem("dynamic", result, suffix)
     _write_columns(folder / f"{name}.txt", [(point["test_mean_macs"], point["test_top1"]) for point in result["points"]])
     _write_costs(folder, result["macs"])
     write_json(folder / f"{name}.json", result)

@@ -11,6 +11,7 @@ import numpy as np
 
 from adaptive_inference import exit_shares, fit_thresholds, solve_exit_rate
 from utils.errors import UserError
+from utils.result_files import stem
 
 # Budgets where none are asked for, as shares of the way from the cost of the first exit to that of the last.
 DEFAULT_BUDGETS = (0.1, 0.275, 0.45, 0.625, 0.8)
@@ -50,11 +51,12 @@ def stored(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperature
     Args:
         folder: of the evaluation's results.
         saved: content of the checkpoint.
-        suffix: of the file's name, as for `evaluation.evaluate_budgeted`.
+        suffix: appended to the file's name.
         temperatures: of the network that reads the exits, where not those of the checkpoint.
         ensemble, policy: how the exits are read, as from `reading.read_exits`.
     """
-    path = folder / f"dynamic{suffix}.json"
+    read = {"temperatures": list(temperatures or saved.get("temperatures") or []), "ensemble": ensemble, "policy": policy}
+    path = folder / f"{stem('dynamic', read, suffix)}.json"
     try:
         curve = json.loads(path.read_text())
         _check_curve(curve)
@@ -63,7 +65,6 @@ def stored(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperature
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); evaluate with --evalmode dynamic again") from error
     split = saved.get("split")
-    read = {"temperatures": list(temperatures or saved.get("temperatures") or []), "ensemble": ensemble, "policy": policy}
     trained = {"method": saved.get("method"), "config": saved.get("architecture")}
     same = (curve.get("epoch") == saved.get("epoch") and all(curve.get(name, how) == how for name, how in read.items())
             and all(how is None or curve.get(name) == how for name, how in trained.items())

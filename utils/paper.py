@@ -20,6 +20,7 @@ class Published:
     source: str
 
 
+BACKBONES = {"msdnet": "MSDNet", "ranet": "RANet"}   # as its tables call them
 BY_EYE = "figure, read by eye"
 
 # Accuracy of every exit, by (dataset, backbone).

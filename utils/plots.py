@@ -11,59 +11,19 @@ hold-out accuracy. Training leaves an anytime.json of its last epoch; where the 
 from __future__ import annotations
 
 import json
-import logging
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 from adaptive_inference import combine_sizes
-from utils.catalog import method_title, title_of
+from utils.catalog import arch_title, method_title, title_of
 from utils.cli import OneLineParser
 from utils.errors import UserError, user_errors
-from utils.files import atomic_write
-from utils.paper import ANYTIME, BUDGETED, Published
+from utils.figures import COLOURS, INK, LEGEND, LINES, MARKERS, MILLIONS, PALE, TOP1, dress, new_figure, plain, save
+from utils.paper import ANYTIME, BACKBONES, BUDGETED, Published
 from utils.reading import reading_words
-
-# Okabe and Ito's palette, distinguishable with every common form of colour blindness.
-COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
-INK, PALE = "#333333", "#8A8A8A"
-MILLIONS = "$10^6$"
-
-ARCHITECTURES = {"msdnet": "MSDNet without rescaling", "msdnet_ge": "MSDNet",
-                 "ranet": "RANet", "ranet_ge": "RANet with rescaling"}
-PAPER_BACKBONES = {"msdnet": "MSDNet", "ranet": "RANet"}
-FAMILIES = {"eq9": "shares of eq. 9, one solution per budget", "released": "released sweep, shares proportional to $q^n$",
-            "patience": "one point per patience: exits in a row with one answer"}
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < 1e30
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_list_of(check: Callable[[Any], bool], value: Any) -> bool:
-    return isinstance(value, list) and value != [] and all(map(check, value))
-
-
-def _has(fields: dict[str, Callable[[Any], bool]], value: Any) -> bool:
-    return isinstance(value, dict) and all(key in value and check(value[key]) for key, check in fields.items())
-
-
-# What the figures need of an evaluation file.
-POINT = {"budget": lambda x: x is None or _is_number(x),
-         **dict.fromkeys(("valid_mean_macs", "valid_top1", "test_mean_macs", "test_top1"), _is_number)}
-HEADER = {"format": lambda x: x == 1, "config": lambda x: isinstance(x, dict), "n_test": lambda x: type(x) is int and x > 0,
-          "macs": partial(_is_list_of, _is_number), **dict.fromkeys(("name", "dataset", "method", "arch"), _is_text)}
-FIELDS = {"anytime": {**HEADER, "top1": partial(_is_list_of, _is_number)},
-          "dynamic": {**HEADER, "family": lambda x: x in [*FAMILIES], "flat": lambda x: isinstance(x, bool),
-                      "split_hash": lambda x: x is None or _is_text(x), "points": partial(_is_list_of, partial(_has, POINT))}}
+from utils.result_files import FAMILIES, read_results
 
 
 def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None, *, paper: str = "auto",
@@ -98,34 +58,6 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None, *
         figures["budgeted"] = draw_budgeted(budgeted, curves, published(BUDGETED, comparable, paper))
     return [path for name, figure in figures.items()
             for path in save(figure, Path(output or folders[0]) / name, svg=svg)]
-
-
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The evaluation files of a run; a name suffix given to the evaluation becomes part of the run's name.
-
-    Raises:
-        UserError: when there are none, or one is incomplete or something else.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; pass the --result_dir of a run")
-    paths = [*sorted(folder.glob("anytime*.json")), *sorted(folder.glob("dynamic*.json"))]
-    if not paths:
-        raise UserError(f"{folder} has no anytime*.json or dynamic*.json; evaluate its checkpoint first: "
-                        f"python eval_cifar100.py --evaluate-from {folder}/model_best.pth")
-    results = []
-    for path in paths:
-        kind = "dynamic" if path.name.startswith("dynamic") else "anytime"
-        try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError):
-            content = None
-        if not _has(FIELDS[kind], content) or kind == "anytime" and len(content["top1"]) != len(content["macs"]):
-            raise UserError(f"{path} is not a complete evaluation file; write it again with eval_cifar100.py")
-        suffix = path.stem.removeprefix(kind).removeprefix("_flat")
-        results.append({**{key: content[key] for key in FIELDS[kind]}, "name": content["name"] + suffix, "suffix": suffix,
-                        **{key: content[key] for key in ("ensemble", "policy") if _is_text(content.get(key))}})
-    suffixed = any("points" not in result and result["suffix"] and "ensemble" not in result for result in results)
-    return [result for result in results if not suffixed or "points" in result or result["suffix"]]
 
 
 def group_sizes(results: Sequence[dict], separate: bool) -> list[list[dict]]:
@@ -175,7 +107,7 @@ def draw_budgeted(groups: Sequence[Sequence[dict]], curves: Sequence[list[dict]]
                   papers: Sequence[tuple[str, Published]]):
     """Test accuracy against the mean cost on the test set; sizes behind a combined curve stay visible as thin lines."""
     families = {group[0]["family"] for group in groups}
-    subtitle = FAMILIES[families.pop()] if len(families) == 1 else ""
+    subtitle = FAMILIES[families.pop()].subtitle if len(families) == 1 else ""
     axes = new_axes("Budgeted batch prediction", groups[0][0], f"mean MACs per test image ({MILLIONS})", subtitle)
     right = 1.04 * max(point["test_mean_macs"] for curve in curves for point in curve) / 1e6
     names = labels([group[0] for group in groups], [len(group) for group in groups], name_family=not subtitle)
@@ -196,14 +128,11 @@ def labels(results: Sequence[dict], sizes: Sequence[int] | None = None, name_fam
     """What the legend calls each result: method and network, and more where that is not enough to tell them apart."""
     found = []
     for result, size in zip(results, sizes or [1] * len(results), strict=True):
-        method, arch = result["method"], result["arch"]
-        words = [f"{method_title(method)}, {ARCHITECTURES.get(arch, arch)}", *reading_words(result)]
+        words = [f"{method_title(result['method'])}, {arch_title(result['arch'])}", *reading_words(result)]
         words += [f"{size} sizes combined"] if size > 1 else []
-        # Of patience the words of the reading tell already.
-        families = {"eq9": ["eq. 9"], "released": ["released sweep"]}
-        words += families.get(result["family"], []) if name_family else []
+        words += [FAMILIES[result["family"]].short] if name_family else []
         words += ["flat curve"] if result.get("flat") else []
-        found.append(", ".join(words))
+        found.append(", ".join(filter(None, words)))
     return [plain(f"{label} ({result['name']})" if found.count(label) > 1 else label)
             for label, result in zip(found, results, strict=True)]
 
@@ -219,27 +148,11 @@ def published(table: dict, results: Sequence[dict], paper: str) -> list[tuple[st
     return [(backbone, table[dataset, backbone]) for backbone in backbones if (dataset, backbone) in table]
 
 
-# Looks
-
-def plain(text: str) -> str:
-    """Text from outside as matplotlib shows it unchanged: a dollar begins no formula, bytes that are no text become "?"."""
-    return text.encode(errors="replace").decode().replace("$", r"\$")
-
-
 def new_axes(title: str, result: dict, x_label: str, subtitle: str = ""):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    """The only axes of a new figure."""
+    axes = new_figure(7.2, 4.6).add_subplot()
     heading = f"{title}: {plain(title_of(result['dataset']))}, {result['n_test']:,} test images"
-    axes.set_title(f"{heading}\n{subtitle}" if subtitle else heading, fontsize=11, color=INK)
-    axes.set_xlabel(x_label, color=INK)
-    axes.set_ylabel("top-1 accuracy (%)", color=INK)
-    axes.grid(True, color="#E3E3E3", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK)
+    dress(axes, f"{heading}\n{subtitle}" if subtitle else heading, x_label, TOP1)
     return axes
 
 
@@ -251,18 +164,9 @@ def finish(axes, papers: Sequence[tuple[str, Published]], right: float) -> None:
             near = [(x, y) for x, y in zip(numbers.millions, accuracies, strict=True) if x <= right]
             if near:
                 axes.plot(*zip(*near, strict=True), linestyle="none", marker=marker, markersize=7, color=colour,
-                          markerfacecolor="none", label=f"paper's {method}, {PAPER_BACKBONES[backbone]} ({numbers.source})")
+                          markerfacecolor="none", label=f"paper's {method}, {BACKBONES[backbone]} ({numbers.source})")
     axes.set_xlim(right=right)
-    axes.legend(loc="lower right", fontsize=8.5, framealpha=0.9, edgecolor="#CCCCCC")
-
-
-def save(figure, stem: Path, *, svg: bool) -> list[Path]:
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(".png"), *([stem.with_suffix(".svg")] if svg else [])]
-    for path in paths:
-        with atomic_write(path) as file:
-            figure.savefig(file, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
-    return paths
+    axes.legend(fontsize=8.5, **LEGEND)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -275,7 +179,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--separate", action="store_true", help="do not combine the sizes of one model")
     parser.add_argument("--svg", action="store_true", help="write .svg files beside the .png files")
     args = parser.parse_args(argv)
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # its cache is nobody's concern here
     with user_errors():
         for path in plot_runs(args.result_dirs, args.output, paper=args.paper, separate=args.separate, svg=args.svg):
             print(path)

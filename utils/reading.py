@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models import BoostedNet, expand_temperatures, read_as
 from utils.errors import UserError
+from utils.paper import TEMPERATURE
 
 Measure = Callable[[Tensor], Tensor]   # from logits (..., C) to one number (...) that grows with certainty
 
@@ -72,18 +73,22 @@ def read_exits(args: argparse.Namespace, model: BoostedNet) -> tuple[BoostedNet,
     return reread.train(model.training), {"ensemble": None if as_trained else args.ensemble, "policy": args.policy}
 
 
-def suffix(about: dict[str, Any]) -> str:
-    """What the names of result files get, so that one way of reading does not overwrite another's; "" for the usual one."""
-    policy = about["policy"] if about["policy"] != "confidence" else None
-    return "".join(f"_{part}" for part in (about["ensemble"], policy) if part)
-
-
-def describe(about: dict[str, Any]) -> str:
+def describe(about: Mapping[str, Any]) -> str:
     """The method of a result file, with ensemble and policy where they are not the usual ones (older files have none)."""
     how = reading_words(about)
     return f"{about['method']} ({', '.join(how)})" if how else about["method"]
 
 
-def reading_words(about: dict[str, Any]) -> list[str]:
+def reading_words(about: Mapping[str, Any]) -> list[str]:
     """What is not usual in how a result file's exits were read."""
-    return [words for words in (ENSEMBLES.get(about.get("ensemble")), LEAVING.get(about.get("policy"))) if words]
+    temperatures = unusual_temperatures(about)
+    words = (ENSEMBLES.get(about.get("ensemble")), temperatures and f"t = {temperatures}", LEAVING.get(about.get("policy")))
+    return [word for word in words if word]
+
+
+def unusual_temperatures(about: Mapping[str, Any]) -> str | None:
+    """Temperatures with which exits that were trained alone are added up, where they are not the paper's."""
+    used = dict.fromkeys(about.get("temperatures", [])[1:])   # t_1 has nothing to reweight
+    if about.get("ensemble") != "boost" or used.keys() <= {TEMPERATURE}:
+        return None
+    return "-".join(f"{t:g}" for t in (used if len(used) == 1 else about["temperatures"][1:]))

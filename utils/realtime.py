@@ -18,6 +18,7 @@ from utils.engine import Predictions, predict
 from utils.errors import UserError
 from utils.inference import exit_times, prepare_for_inference
 from utils.reading import POLICIES, describe
+from utils.result_files import stem
 from utils.run import versions, write_json
 from utils.tables import format_table, millions
 
@@ -28,7 +29,7 @@ ROUNDING = 1e-6
 
 def evaluate_realtime(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], budgets: Sequence[float] | None = None,
                       cost: str = "macs", suffix: str = "") -> dict[str, Any]:
-    """Run early exit over the test set; prints one row per budget and writes realtime{suffix}.json.
+    """Run early exit over the test set; prints one row per budget and writes realtime*.json.
 
     Args:
         budgets: average cost per image; None takes five between the costs of the first and of the last exit.
@@ -60,7 +61,7 @@ def evaluate_realtime(model: BoostedNet, data, folder: Path, *, about: dict[str,
     result = {**about, "cost": cost, "batch_size": len(next(iter(data.test())).images), "latency_ms": latency_ms.tolist(),
               "versions": versions(next(model.parameters()).device), "points": points}
     _print(result, data)
-    write_json(folder / f"realtime{suffix}.json", result)
+    write_json(folder / f"{stem('realtime', result, suffix)}.json", result)
     return result
 
 

@@ -21,9 +21,9 @@ from utils.catalog import METHODS, method_title, title_of
 from utils.cli import OneLineParser
 from utils.errors import UserError, user_errors
 from utils.flags import FREE_ON_RESUME, NETWORK, build_parser
-from utils.paper import ANYTIME, ARCHITECTURES, IMAGES_PER_STEP, SCHEDULES, TEMPERATURE, TRAINING, Published
-from utils.plots import PAPER_BACKBONES, read_results
+from utils.paper import ANYTIME, ARCHITECTURES, BACKBONES, IMAGES_PER_STEP, SCHEDULES, TEMPERATURE, TRAINING, Published
 from utils.reading import reading_words
+from utils.result_files import FAMILIES, read_results
 from utils.run import RESULTS
 from utils.tables import Table, millions
 
@@ -155,7 +155,7 @@ def of_seeds(group: Sequence[Run]) -> str:
 def papers_table(dataset: str, backbone: str, groups: Sequence[Sequence[Run]]) -> Table:
     """The paper's table of this data set and backbone, this project's rows under the paper's, and the differences."""
     numbers: Published = ANYTIME[dataset, backbone]
-    table = Table(f"Paper's {numbers.source}: {title_of(dataset)}, {PAPER_BACKBONES[backbone]}, top-1 % on the test set",
+    table = Table(f"Paper's {numbers.source}: {title_of(dataset)}, {BACKBONES[backbone]}, top-1 % on the test set",
                   ["exit", *map(str, range(1, len(numbers.millions) + 1))],
                   [["10^6 MACs", *(f"{m:#.4g}".rstrip(".") for m in numbers.millions)]])
     found = {}
@@ -240,23 +240,21 @@ def budget_tables(folders: Sequence[Path]) -> list[Table]:
     for folder in folders:
         for result in read_results(folder) if any(folder.glob("dynamic*.json")) else []:
             if "points" in result and result["family"] != "patience":   # which has no budgets
-                asked = tuple(point["p" if point["budget"] is None else "budget"] for point in result["points"])
+                asked = tuple(point[FAMILIES[result["family"]].key] for point in result["points"])
                 kinds.setdefault((result["dataset"], result["n_test"], json.dumps(result["config"], sort_keys=True),
                                   result["family"], result["flat"], result["split_hash"], asked), []).append(result)
     tables = []
     for (dataset, n_test, config, family, flat, _, asked), results in kinds.items():
         picked = sorted({round(i * (len(asked) - 1) / (MOST_BUDGETS - 1)) for i in range(MOST_BUDGETS)})
-        eq9 = family == "eq9"
-        heading = f"{'budgets by eq. 9' if eq9 else 'released sweep over q'}{', flat curve' if flat else ''}"
+        told = FAMILIES[family]
         table = Table(f"Budgeted batch, {title_of(dataset)}, {json.loads(config)['arch']} with {len(results[0]['macs'])} exits, "
-                      f"{heading}: top-1 % on {n_test:,} test images",
-                      ["10^6 MACs asked for" if eq9 else "q",
-                       *(millions(asked[i]) if eq9 else f"{asked[i]:.2f}" for i in picked)])
+                      f"{told.title}{', flat curve' if flat else ''}: top-1 % on {n_test:,} test images, 10^6 MACs per image",
+                      [told.column, *(told.show(asked[i]) for i in picked)])
         for result in results:
             points = [result["points"][i] for i in picked]
             table.rows += [[f"{', '.join([method_title(result['method']), *reading_words(result)])} ({result['name']})",
                             *(f"{point['test_top1']:.2f}" for point in points)],
-                           ["  10^6 MACs spent", *(millions(point["test_mean_macs"]) for point in points)]]
+                           ["  MACs spent", *(millions(point["test_mean_macs"]) for point in points)]]
         tables.append(table)
     return tables
 
