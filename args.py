@@ -302,12 +302,12 @@ def forbid(args: Namespace, *names: str) -> None:
         parser.error(f"this script has no use for {' and '.join(present)}")
 
 
-def require_unchanged(args: Namespace, before: dict[str, Any], epochs_done: int) -> None:
+def require_unchanged(args: Namespace, before: dict[str, Any], epochs_begun: int) -> None:
     """End the program (one line, exit code 2) if flags contradict those of the run that is to be resumed.
 
     Args:
         before: flags of that run by dest name; a flag that did not exist then had its default.
-        epochs_done: complete epochs of that run.
+        epochs_begun: epochs of that run that are complete or under way.
     """
     parser = build_parser()
     cosine = args.lr_type == "cosine" or "meta_lr" in METHODS[args.method].flags   # which falls to 0 at the last epoch
@@ -320,6 +320,6 @@ def require_unchanged(args: Namespace, before: dict[str, Any], epochs_done: int)
     if changed:
         parser.error(f"--resume: this is not the command of the run in {args.result_dir}: {', '.join(changed)}; give these flags "
                      "as before, or another --result_dir for a new run")
-    if args.epochs < epochs_done:
-        parser.error(f"--resume: the run in {args.result_dir} has done {epochs_done} epochs already; pass a larger --epochs than "
-                     f"{args.epochs}")
+    if args.epochs < epochs_begun:
+        parser.error(f"--resume: the run in {args.result_dir} has begun epoch {epochs_begun} already; pass a larger --epochs "
+                     f"than {args.epochs}")

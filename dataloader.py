@@ -76,6 +76,8 @@ class Batches:
 class Data:
     """Training, hold-out and test images of one data set.
 
+    Args:
+        valid_set: the training images again, as the hold-out is read.
     Attributes:
         class_names: what the labels 0, 1, ... stand for.
         num_classes: outputs a classifier needs; more than `class_names` where a folder has only some of the classes.
@@ -86,11 +88,12 @@ class Data:
         labels_hash: of all training labels in file order; other data have another one.
     """
 
-    def __init__(self, train_set: DeviceImages | FolderImages, test_set: DeviceImages | FolderImages, *,
+    def __init__(self, train_set: DeviceImages | FolderImages, valid_set: DeviceImages | FolderImages,
+                 test_set: DeviceImages | FolderImages, *,
                  class_names: list[str], num_classes: int, image_size: int, split: Split | None, batch_size: int,
                  eval_batch_size: int, seed: int, rank: int, world: int, augment_valid: bool = False) -> None:
         self.class_names, self.num_classes, self.image_size, self.split = class_names, num_classes, image_size, split
-        self._train_set, self._test_set = train_set, test_set
+        self._train_set, self._valid_set, self._test_set = train_set, valid_set, test_set
         self._train_index = split.train_index if split else torch.arange(len(train_set.labels))
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self._seed, self._rank, self._world = seed, rank, world
@@ -117,9 +120,9 @@ class Data:
         """
         if self.split is None:
             raise UserError("there is no hold-out set; train with --use-valid to keep images for choosing thresholds")
-        read = self._train_set.read
+        read = self._valid_set.read
         if self.augment_valid:
-            read = partial(self._train_set.read_augmented, seed=self._seed, epoch=epoch)
+            read = partial(self._valid_set.read_augmented, seed=self._seed, epoch=epoch)
         return self._evaluation(read, self.split.valid_index)
 
     def test(self) -> Batches:
@@ -165,10 +168,10 @@ def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, bat
         train, test = _first_rank_first(
             lambda: scan_once(data_root, ("val", "test") if dataset == "imagenet" else ("test", "val")), rank)
         class_names = train.class_names
-        train_set, test_set = (
+        train_set, valid_set, test_set = (
             FolderImages(listing, statistics=statistics, image_size=image_size, device=device, workers=n,
                          decoder=decoder, skip_unreadable=skip_unreadable)
-            for listing, n in ((train, workers), (test, val_workers)))
+            for listing, n in ((train, workers), (train, val_workers), (test, val_workers)))
     else:
         arrays = _first_rank_first(lambda: _read_small_images(dataset, data_root, quiet or rank > 0, rank == 0), rank)
         class_names = arrays["class_names"].tolist()
@@ -176,6 +179,7 @@ def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, bat
             DeviceImages(arrays[f"{part}_images"], arrays[f"{part}_labels"], statistics=statistics,
                          flips=dataset != "glyphs", device=device)  # a mirrored 5 is nearly a 2
             for part in ("train", "test"))
+        valid_set = train_set
     num_classes = _count_classes(dataset, class_names, data_root)
     for labels in (train_set.labels, test_set.labels):
         if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
@@ -186,8 +190,8 @@ def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, bat
     elif use_valid:
         size = valid_size or DATASETS[dataset].valid_size or len(train_set.labels) // 10
         split = Split.draw(train_set.labels, size, seed)
-    return Data(train_set, test_set, class_names=class_names, num_classes=num_classes, image_size=image_size, split=split,
-                batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, rank=rank, world=world,
+    return Data(train_set, valid_set, test_set, class_names=class_names, num_classes=num_classes, image_size=image_size,
+                split=split, batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, rank=rank, world=world,
                 augment_valid=augment_valid)
 
 

@@ -12,7 +12,7 @@ from args import forbid, parse_args, require, require_unchanged
 from dataloader import build_data
 from utils.distributed import process_group, rank, world_size
 from utils.errors import STOPPED, user_errors
-from utils.run import choose_device, claim, find_run, stored_split
+from utils.run import choose_device, claim, epochs_begun, find_run, stored_split
 from utils.signals import StopSignals
 from utils.trainer import prepare
 
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     with process_group(device, args.dist_backend), claim(args.result_dir):
         saved = find_run(args.result_dir, args.resume)
         if saved:
-            require_unchanged(args, saved["training"]["config"], epochs_done=saved["epoch"])
+            require_unchanged(args, saved["training"]["config"], epochs_begun=epochs_begun(saved))
         data = build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size,
                           batch_size=args.batch_size, device=device, seed=args.seed, use_valid=args.use_valid,
                           valid_size=args.valid_size, split=stored_split(saved), augment_valid=args.paper_protocol,

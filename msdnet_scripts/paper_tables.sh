@@ -9,6 +9,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../utils/shell.sh"
 
 given=("$@")
+place_of "$@"
 refuse --result_dir --method --seed -- "$@"
 for seed in ${SEEDS-1 2}; do
     [[ $seed =~ ^[1-9][0-9]*$ ]] || fail "SEEDS are numbers from 1 on with spaces between them, got '$seed'; seed 0 is always run"
@@ -34,7 +35,7 @@ budgeted() {
     if [ "$1" = msdnet ]; then msdnet_curves+=("$folder"); else ranet_curves+=("$folder"); fi
     bash "$ROOT/$1_scripts/train_cifar100_batch.sh" "$3" --result_dir "$folder" --resume --method "$2" ${given[@]+"${given[@]}"}
     evaluate=("$python" "$ROOT/eval_cifar100.py" --data-root "${DATA_ROOT:-$ROOT/data/cifar100}"
-        --evaluate-from "$folder/model_best.pth" --evalmode dynamic)
+        --evaluate-from "$folder/model_best.pth" --evalmode dynamic ${place[@]+"${place[@]}"})
     run "${evaluate[@]}"
     run "${evaluate[@]}" --sweep released --save_suffix _released
     run "${evaluate[@]}" --sweep released --save_suffix _released --paper_protocol

@@ -5,6 +5,8 @@
 # utils/shell.sh lists what the environment sets: RESULT_ROOT, PYTHON, DRY_RUN=1, ...
 source "$(dirname "${BASH_SOURCE[0]}")/../utils/shell.sh"
 
+refuse --result_dir --dataset -- "$@"
+place_of "$@"
 prepare_environment requirements.txt
 python=$(python_path)
 # So small a network gains little from a second thread, and on a busy machine loses much by it.
@@ -14,7 +16,7 @@ result=$RESULT_ROOT/quickstart
 run "$python" "$ROOT/train_cifar100.py" "${data[@]}" --use-valid --result_dir "$result" --resume \
     --arch msdnet_ge --nBlocks 4 --base 1 --step 2 --stepmode even --nChannels 4 --growthRate 4 \
     --epochs 4 --lr_milestones 2,3 --batch-size 64 "$@"
-run "$python" "$ROOT/eval_cifar100.py" "${data[@]}" --evaluate-from "$result/model_best.pth" --evalmode anytime
-run "$python" "$ROOT/eval_cifar100.py" "${data[@]}" --evaluate-from "$result/model_best.pth" --evalmode dynamic
+run "$python" "$ROOT/eval_cifar100.py" "${data[@]}" --evaluate-from "$result/model_best.pth" --evalmode anytime ${place[@]+"${place[@]}"}
+run "$python" "$ROOT/eval_cifar100.py" "${data[@]}" --evaluate-from "$result/model_best.pth" --evalmode dynamic ${place[@]+"${place[@]}"}
 cd "$ROOT" # where python -m finds utils
 run "$python" -m utils.plots "$result"

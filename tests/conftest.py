@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 # Tiny networks gain nothing from threads, and on a busy machine threads that wait for each other are far slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# --deterministic needs it before CUDA's first matrix product, which may be another test's.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 VARIABLE = "BOOSTNET_TEST_DATA"
 DESELECTED = pytest.StashKey[Counter]()
@@ -54,3 +57,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def real_data() -> Path:
     """Folder with cifar100/{train,test}/<class>/*.png and imagenet_sample/<wnid>/*.JPEG, for tests marked realdata."""
     return Path(os.environ[VARIABLE])
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Take back what --deterministic sets for the whole process."""
+    import torch
+
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+    torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -1,6 +1,8 @@
 """The ablation script's runs and their figure."""
 from __future__ import annotations
 
+import json
+
 from test_report import write_run
 from test_scripts import commands, flags
 from tiny import one_line_error
@@ -35,7 +37,7 @@ def test_the_script_varies_one_factor_at_a_time_around_one_reference(tmp_path):
 
 
 def test_every_panel_has_the_reference_and_its_own_runs(tmp_path):
-    runs = ablation.read_runs(write_runs(tmp_path / "runs", "reference", "t0", "t1", "b256", "plain", "free"))
+    runs, _ = ablation.read_runs(write_runs(tmp_path / "runs", "reference", "t0", "t1", "b256", "plain", "free"))
     assert [list(ablation.panel_runs(runs, panel)) for panel in ablation.PANELS] == [
         [0, 0.5, 1], [64, 256], ["as proposed", "without rescaling", "trainable sum"]]
     figure = ablation.draw(runs)
@@ -45,7 +47,7 @@ def test_every_panel_has_the_reference_and_its_own_runs(tmp_path):
 
 
 def test_joint_training_is_temperature_zero(tmp_path):
-    runs = ablation.read_runs(write_runs(tmp_path / "runs", "reference", "joint"))
+    runs, _ = ablation.read_runs(write_runs(tmp_path / "runs", "reference", "joint"))
     assert list(ablation.panel_runs(runs, "temperature")) == [0, 0.5]
 
 
@@ -68,6 +70,21 @@ def test_folders_that_make_no_ablation_are_refused(tmp_path, capsys):
     folder = write_runs(tmp_path / "c", "reference")
     write_run(folder / "ranet", network="ranet")
     assert "none of the settings" in refused(folder)
+
+
+def test_no_run_vanishes_without_a_word(tmp_path, capsys):
+    folder = write_runs(tmp_path / "runs", "reference", "t0", "joint")
+    assert "t0 are of the same setting" in one_line_error(capsys, lambda: ablation.main([str(folder)]))
+    (folder / "joint" / "results.json").unlink()
+    write_run(folder / "both", flags="--ensemble_reweight 0 --batch-size 256")
+    write_run(folder / "young")
+    results = json.loads((folder / "young" / "results.json").read_text())
+    del results["test"]
+    (folder / "young" / "results.json").write_text(json.dumps(results))
+    assert ablation.main([str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        f"{folder / 'young'} is not finished and left out",
+        f"{folder / 'both'} differs from the reference in more than one factor and is in no panel"]
 
 
 def test_runs_of_another_seed_are_no_part_of_it(tmp_path, capsys):

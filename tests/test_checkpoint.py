@@ -123,6 +123,28 @@ def test_a_full_disk_is_reported_with_path_and_reason_and_leaves_the_old_checkpo
     assert {file.name for file in tmp_path.iterdir()} == {LATEST, PREVIOUS}
 
 
+def test_a_disk_that_fails_at_the_last_moment_costs_neither_checkpoint(tmp_path, monkeypatch):
+    for number in (1, 2):
+        checkpoint.save_latest(tmp_path, content(number))
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.files.os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoint.save_latest(tmp_path, content(3))
+    assert [number_of(checkpoint.load(tmp_path / name)) for name in (LATEST, PREVIOUS)] == [2, 1]
+
+
+def test_no_link_is_left_where_both_checkpoints_are_one_file(tmp_path):
+    checkpoint.save_latest(tmp_path, content(1))
+    os.link(tmp_path / LATEST, tmp_path / PREVIOUS)   # as after a kill between the two
+    checkpoint.save_latest(tmp_path, content(2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST, PREVIOUS]
+    assert [number_of(checkpoint.load(tmp_path / name)) for name in (LATEST, PREVIOUS)] == [2, 1]
+
+
 def test_the_data_reach_the_disk_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):

@@ -16,7 +16,6 @@ import eval_cifar100
 import train_cifar100
 from utils import compare, comparison, footprint
 from utils.errors import UserError
-from utils.lock import locked
 from utils.result_files import stem
 
 ROOT = Path(__file__).parent.parent
@@ -115,14 +114,6 @@ def test_evaluation_files_of_other_flags_are_written_again(compared, images, cal
     assert not calls
 
 
-def test_a_second_start_leaves_a_run_alone_that_has_not_saved_yet(tmp_path, calls):
-    (tmp_path / "imta").mkdir()
-    (tmp_path / "imta" / "results.json").write_text("{}")
-    with locked(tmp_path / "imta"), pytest.raises(UserError, match="in use by another run"):
-        compare.train("imta", tmp_path, [])
-    assert (tmp_path / "imta" / "results.json").exists() and not calls
-
-
 def test_other_flags_make_the_trainer_look_again_and_refuse(compared, images, capsys, monkeypatch):
     monkeypatch.setattr(compare, "_call", call_here)
     before = (compared / "boost" / "results.json").read_bytes()
@@ -156,10 +147,8 @@ def test_recipe_and_own_flags_reach_the_trainer_and_the_users_win(tmp_path, call
 
 def test_a_run_that_starts_from_another_is_resumed_once_it_has_saved(tmp_path, calls, monkeypatch):
     (tmp_path / "imta").mkdir()
-    for name in ("results.json", "split.pth"):   # of a run that was killed before it saved
-        (tmp_path / "imta" / name).write_text("{}")
     compare.train("imta", tmp_path, [])
-    assert calls[-1][-2] == "--checkpoint" and not (tmp_path / "imta" / "split.pth").exists()
+    assert calls[-1][-2] == "--checkpoint"
     (tmp_path / "imta" / "model_latest.pth").write_text("")
     (tmp_path / "imta" / "command.json").unlink()
     compare.train("imta", tmp_path, [])
@@ -357,3 +346,9 @@ def test_a_network_that_more_epochs_make_another_is_no_start_for_a_finished_run(
     assert compare.main(command) == 0
     message = tiny.one_line_error(capsys, lambda: compare.main([*command, "--epochs", "3"]))
     assert "started from the network of joint after 2 epochs" in message and not calls
+
+
+def test_evaluation_is_told_how_images_are_read():
+    given = ["--dataset", "folder", "--image_size", "224", "--grFactor", "1-2-4-4", "--bnFactor", "1-2-4-4", "--skip_unreadable",
+             "--decoder", "pillow", "--methods", "boost"]
+    assert compare.parse(given)[2][-3:] == ["--decoder", "pillow", "--skip_unreadable"]

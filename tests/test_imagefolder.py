@@ -1,6 +1,7 @@
 """Large images: the same pixels as torchvision's pipeline, whatever the number of workers and processes."""
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
+import train_cifar100
 from dataloader import build_data
-from utils import array_cache, listing
+from utils import array_cache, imagefolder, listing
 from utils.augment import IMAGENET_STATISTICS
 from utils.decoders import DECODERS, PillowDecoder, random_box, sample_generator, scaled_size
 from utils.errors import UserError
@@ -189,6 +192,29 @@ def test_unreadable_images_are_skipped_counted_and_logged_once_when_asked(damage
     messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(messages) == 2 and "n01_0.JPEG" in " ".join(messages) and messages[-1].endswith("2 so far")
     assert sum(len(batch.labels) for batch in data.test()) == 11
+
+
+def test_hold_out_and_test_images_have_the_workers_of_evaluation(folder, monkeypatch):
+    started = []
+
+    def load(*arguments, num_workers, **options):
+        started.append(num_workers)
+        return DataLoader(*arguments, num_workers=0, **options)
+
+    monkeypatch.setattr(imagefolder, "DataLoader", load)
+    data = open_folder(folder, use_valid=True, valid_size=4, workers=3, val_workers=5)
+    for batches in (data.train(0), data.valid(), data.test()):
+        list(batches)
+    assert started == [3, 5, 5]
+
+
+def test_results_count_the_images_that_could_be_read(damaged, tmp_path, capsys):
+    flags = ("--dataset folder --image_size 224 --skip_unreadable --arch msdnet_ge --nBlocks 2 --base 1 --step 1 --nChannels 4 "
+             "--growthRate 2 --grFactor 1-1-1-1 --bnFactor 1-1-1-1 --batch-size 4 --epochs 1 --use-valid --valid_size 2 "
+             "--device cpu --threads 1 --workers 0 --val_workers 0").split()
+    folder = tmp_path / "run"
+    assert train_cifar100.main(["--data-root", str(damaged), "--result_dir", str(folder), *flags]) == 0
+    assert json.loads((folder / "anytime.json").read_text())["n_test"] == 11 and "11 test images" in capsys.readouterr().out
 
 
 def test_batch_without_one_readable_image_is_an_error(damaged):

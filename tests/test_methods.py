@@ -305,6 +305,28 @@ def test_a_teacher_of_other_classes_is_refused(images, finished, tmp_path, capsy
     assert "other classes" in one_line_error(capsys, lambda: train_cifar100.main(line))
 
 
+def test_fine_tuning_never_holds_out_what_the_network_was_trained_on(images, finished, tmp_path, capsys):
+    start = ["--checkpoint", str(finished("boost") / "model_best.pth"), "--epochs", "1"]
+    line = command(images, tmp_path / "a", *start, "--seed", "1")
+    assert "another hold-out split" in one_line_error(capsys, lambda: train_cifar100.main(line))
+    assert train_cifar100.main(command(images, tmp_path / "b", *start)) == 0
+    other = make_images(tmp_path / "other", train=12)   # other images may be held out as one likes
+    flags = ["--seed", "1", "--batch-size", "7"]
+    assert train_cifar100.main(command(other, tmp_path / "c", *start, *flags)) == 0
+
+
+def test_a_teacher_that_has_changed_ends_the_run_it_taught(images, finished, tmp_path, monkeypatch, capsys):
+    teacher = tmp_path / "teacher.pth"
+    teacher.write_bytes((finished("joint") / "model_best.pth").read_bytes())
+    line = command(images, tmp_path / "run", "--method", "boost_distill", "--teacher", str(teacher))
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, 3)
+        assert train_cifar100.main(line) == STOPPED
+    teacher.write_bytes((finished("boost") / "model_best.pth").read_bytes())
+    capsys.readouterr()
+    assert "teacher_hash was" in one_line_error(capsys, lambda: train_cifar100.main([*line, "--resume"]))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_for_one_process_says_so_to_several(images, finished, tmp_path, capsys, monkeypatch, method):
     monkeypatch.setattr("utils.methods.world_size", lambda: 2)

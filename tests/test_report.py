@@ -21,12 +21,13 @@ SCHEDULE = "--epochs 300 --lr_milestones 150,225"
 
 
 def write_run(folder: Path, top1: float = 70.0, network: str = "msdnet", flags: str = "", split: str | None = None,
-              on_test: float | None = None, **test) -> Path:
+              on_test: float | None = None, n_train: int | None = 50_000, **test) -> Path:
     """A finished run whose exit k (from 0) has accuracy top1 + k."""
     config = MACS[PAPERS.get(network, network)]
     args = parse_args([*config["flags"].split(), *SCHEDULE.split(), *flags.split()])
     n = len(config["macs"])
-    content = {"format": 1, "config": plain(vars(args)), "processes": 1, "split_hash": split, "epochs": [], "best": {},
+    content = {"format": 1, "config": plain(vars(args)), "processes": 1, "n_train": n_train, "split_hash": split,
+               "epochs": [], "best": {},
                "test": {"dataset": args.dataset, "method": args.method, "arch": args.arch, "config": {}, "n_test": 10_000,
                         "macs": config["macs"], "top1": [top1 + k for k in range(n)], "epoch": args.epochs, **test}}
     if on_test:
@@ -119,11 +120,32 @@ def test_ranet_has_its_own_table_and_no_rescaling(tmp_path):
 
 
 def test_imagenet_counts_the_images_of_all_processes(tmp_path):
-    run = write_run(tmp_path / "i", network="msdnet_imagenet_step7", flags="--epochs 90 --lr_milestones 30,60")
+    run = write_run(tmp_path / "i", network="msdnet_imagenet_step7", flags="--epochs 90 --lr_milestones 30,60",
+                    n_train=1_281_167, n_test=50_000)
     assert rows(report.report([run]), "ImageNet, MSDNet")["BoostNet, here"][0] == "not run"
     results = json.loads((run / "results.json").read_text())
     (run / "results.json").write_text(json.dumps({**results, "processes": 4}))
     assert rows(report.report([run]), "ImageNet, MSDNet")["BoostNet, here"][0] == "70.00"
+
+
+@pytest.mark.parametrize("counts", [{"n_test": 500}, {"n_train": 49_999}, {"n_train": None}])
+def test_a_run_on_a_part_of_the_images_never_enters_the_papers_table(tmp_path, counts):
+    tables = report.report([write_run(tmp_path / "run", **counts)])
+    assert set(rows(tables, MSDNET)["BoostNet, here"]) == {"not run"}
+
+
+def test_half_precision_arithmetic_is_named_in_the_papers_table(tmp_path):
+    found = rows(report.report([write_run(tmp_path / "run", flags="--amp bf16")]), MSDNET)
+    assert "BoostNet, --amp bf16, here" in found
+
+
+def test_a_difference_of_methods_is_shown_of_runs_that_differ_in_nothing_else(tmp_path):
+    def difference(name, flags):
+        runs = [write_run(tmp_path / f"{name}0", flags="--epochs 3 --lr_milestones 2"),
+                write_run(tmp_path / f"{name}1", flags=f"--epochs 3 --lr_milestones 2 --method joint {flags}")]
+        return rows(report.report(runs), "last epoch").get("BoostNet less joint training")
+
+    assert difference("a", "") == ["+0.00"] * 10 and difference("b", "--lr_f 0.2") is None
 
 
 def test_the_papers_numbers_are_complete():

@@ -90,17 +90,6 @@ def test_a_run_may_be_stopped_many_times(images, uninterrupted, tmp_path, monkey
     assert not list(differences(outcome(tmp_path), uninterrupted("boosted")))
 
 
-@pytest.fixture
-def deterministic():
-    """Take back what --deterministic sets for the whole process."""
-    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("arch", ["msdnet_ge", "ranet_ge"])
 def test_deterministic_runs_resume_to_the_same_bits(images, tmp_path, monkeypatch, deterministic, device, arch):
@@ -230,20 +219,53 @@ def test_every_flag_is_either_free_or_compared(capsys):
     for name in vars(cli.build_parser().parse_args([])):
         other = {**vars(args), name: "another value"}
         if name in cli.FREE_ON_RESUME | {"epochs"}:
-            cli.require_unchanged(args, other, epochs_done=0)
+            cli.require_unchanged(args, other, epochs_begun=0)
         else:
-            message = one_line_error(capsys, lambda other=other: cli.require_unchanged(args, other, epochs_done=0))
+            message = one_line_error(capsys, lambda other=other: cli.require_unchanged(args, other, epochs_begun=0))
             assert "another value" in message
 
 
 def test_the_number_of_epochs_makes_a_cosine_schedule_and_may_never_fall_below_those_done(capsys):
     args = cli.parse_args("--result_dir r --lr-type cosine --epochs 9".split())
     assert "--epochs 9 (was 8)" in one_line_error(
-        capsys, lambda: cli.require_unchanged(args, {**vars(args), "epochs": 8}, epochs_done=8))
+        capsys, lambda: cli.require_unchanged(args, {**vars(args), "epochs": 8}, epochs_begun=8))
     args = cli.parse_args("--result_dir r --epochs 9".split())
-    cli.require_unchanged(args, {**vars(args), "epochs": 20}, epochs_done=9)
-    assert "has done 10 epochs" in one_line_error(
-        capsys, lambda: cli.require_unchanged(args, {**vars(args), "epochs": 20}, epochs_done=10))
+    cli.require_unchanged(args, {**vars(args), "epochs": 20}, epochs_begun=9)
+    assert "has begun epoch 10" in one_line_error(
+        capsys, lambda: cli.require_unchanged(args, {**vars(args), "epochs": 20}, epochs_begun=10))
+
+
+def test_an_epoch_that_has_begun_counts_when_epochs_are_taken_back(images, tmp_path, monkeypatch, capsys):
+    """Otherwise its half-trained weights would pass for those of the epoch before."""
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, 8)   # of 5 in an epoch
+        assert train_cifar100.main(command(images, tmp_path / "run")) == STOPPED
+    line = command(images, tmp_path / "run", "--resume", "--epochs", "1")
+    assert "has begun epoch 2" in one_line_error(capsys, lambda: train_cifar100.main(line))
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_with_the_same_command(images, finished, tmp_path):
+    line = command(images, tmp_path / "run", "--checkpoint", str(finished / checkpoint.BEST), "--epochs", "1")
+    assert train_cifar100.main(line) == 0
+    again = tmp_path / "again"
+    again.mkdir()
+    (tmp_path / "run" / "split.pth").rename(again / "split.pth")   # all that there is by then
+    line[line.index("--result_dir") + 1] = str(again)
+    assert train_cifar100.main(line) == 0
+    assert not list(differences(outcome(again), outcome(tmp_path / "run")))
+
+
+def test_a_tensorboard_folder_that_cannot_be_is_named_before_the_first_step(images, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = command(images, tmp_path / "run", "--tensorboard_dir", str(tmp_path / "file"))
+    assert f"{tmp_path / 'file'} cannot be written" in one_line_error(capsys, lambda: train_cifar100.main(line))
+
+
+def test_what_tensorboard_raises_costs_no_epoch(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.run.Run.scalars", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_cifar100.main(command(images, tmp_path))
+    assert checkpoint.load(tmp_path / checkpoint.LATEST)["epoch"] == 1 and (tmp_path / "results.json").exists()
 
 
 @pytest.mark.parametrize("hold_out", [True, False])

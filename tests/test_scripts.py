@@ -181,6 +181,7 @@ def test_a_relative_interpreter_is_found_after_a_script_has_changed_the_folder(t
     ("ablation_cifar100", ["--arch=ranet"], "1", "--arch cannot be given"),
     ("paper_tables", ["--epochs", "3", "--seed", "3"], "1", "--seed cannot be given"),
     ("paper_tables", ["--method", "joint"], "1", "--method cannot be given"),
+    ("quickstart", ["--result_dir", "x"], "1", "--result_dir cannot be given"),
     ("paper_tables", [], "0 1", "got '0'"),
     ("paper_tables", [], "1,2", "got '1,2'"),
     ("paper_tables", [], "1 2 1", "a number twice"),
@@ -220,6 +221,14 @@ def test_the_papers_tables_come_in_order_with_one_command_that_resumes(tmp_path)
     report, *plots = [command[2:] for command in found[-3:]]
     assert report[0] == "utils.report" and len(report) == 1 + len(trained)
     assert [len(plot) for plot in plots] == [9, 9] and {plot[0] for plot in plots} == {"utils.plots"}
+
+
+@pytest.mark.parametrize("given", ["--data-root /d --gpu 3 --lr_f 0.2", "--data-root=/d --lr_f=0.2 --gpu=3"])
+def test_evaluation_computes_where_training_did_and_on_the_same_data(tmp_path, given):
+    for script in ("quickstart", "paper_tables"):
+        found = commands(f"msdnet_scripts/{script}.sh", *given.split(), cwd=tmp_path, RESULT_ROOT=str(tmp_path))
+        evaluated = [flags(command) for command in found if any(word.endswith("eval_cifar100.py") for word in command)]
+        assert evaluated and all((args.data_root, args.gpu, args.lr_f) == ("/d", "3", 0.1) for args in evaluated)
 
 
 @pytest.fixture

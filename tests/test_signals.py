@@ -127,6 +127,14 @@ def test_ctrl_c_in_a_pipeline_saves_though_the_reader_of_the_output_is_gone(imag
     assert "SIGINT: stopped at" in (folder / "train.log").read_text()
 
 
+def test_a_line_that_the_terminal_cannot_show_does_not_silence_it(tmp_path):
+    program = ("import logging; from utils.run import open_log; open_log(); log = logging.getLogger('boostnet'); "
+               "log.info('caf\\udce9'); log.info('a %d', 'x'); log.info('after')")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 0 and done.stdout == "caf\\udce9\nafter\n"
+
+
 def test_a_signal_to_the_whole_process_group_does_not_end_the_data_loaders(tmp_path):
     """As batch schedulers and torchrun send it."""
     images, folder = make_images(tmp_path / "images", classes=2, train=40, test=2), tmp_path / "run"

@@ -284,6 +284,6 @@ def test_losses_on_a_gpu_stay_within_the_arithmetic(name, options, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_graphs_on_a_gpu_resume_to_the_same_bits(images, tmp_path, monkeypatch, amp):
+def test_graphs_on_a_gpu_resume_to_the_same_bits(images, tmp_path, monkeypatch, deterministic, amp):
     stopped_and_resumed_equals_uninterrupted(images, tmp_path, monkeypatch, "--device", "cuda", "--deterministic",
                                              "--cuda_graphs", "--amp", amp)

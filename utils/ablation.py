@@ -42,15 +42,17 @@ def factors(run: Run) -> dict[str, float | str]:
     return {"temperature": temperatures.pop(), "batch size": settings["batch_size"] * run.processes, "switch": switch}
 
 
-def read_runs(folder: Path) -> list[Run]:
-    """The finished runs in the folders in `folder`.
+def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
+    """The finished runs in the folders in `folder`, and why others there are in no panel, a line each.
 
     Raises:
-        UserError: when there is no reference among them, or they differ in more than the factors.
+        UserError: when there is no reference among them, or they differ in more than the factors, or not at all.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; pass the one that holds the runs of the ablation")
-    runs = [run for path in sorted(folder.glob("*/results.json")) if (run := read_run(path.parent))]
+    found = {path.parent: read_run(path.parent) for path in sorted(folder.glob("*/results.json"))}
+    left_out = [f"{path} is not finished and left out" for path, run in found.items() if run is None]
+    runs = [run for run in found.values() if run]
     if not any(factors(run) == REFERENCE for run in runs):
         raise UserError(f"{folder} holds no finished run with temperature 0.5, batch size 64, gradient rescaling and a frozen "
                         "sum, with which all others are compared")
@@ -61,7 +63,14 @@ def read_runs(folder: Path) -> list[Run]:
         if other or run.test["n_test"] != runs[0].test["n_test"] or run.seed != runs[0].seed:
             raise UserError(f"{runs[0].folder} and {run.folder} differ in {other[0] if other else 'seed or test set'}, which is "
                             "no part of the ablation")
-    return runs
+    places: dict[tuple, Run] = {}
+    for run in runs:
+        same = places.setdefault(tuple(factors(run).values()), run)
+        if same is not run:
+            raise UserError(f"{same.folder} and {run.folder} are of the same setting; keep one of them in {folder}")
+        if sum(factors(run)[name] != value for name, value in REFERENCE.items()) > 1:
+            left_out.append(f"{run.folder} differs from the reference in more than one factor and is in no panel")
+    return runs, left_out
 
 
 def panel_runs(runs: Sequence[Run], panel: str) -> dict[float | str, Run]:
@@ -101,8 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with user_errors():
         folder = Path(args.folder)
-        for path in save(draw(read_runs(folder)), Path(args.output or folder / "ablation.png")):
-            print(path)
+        runs, left_out = read_runs(folder)
+        for line in [*left_out, *save(draw(runs), Path(args.output or folder / "ablation.png"))]:
+            print(line)
     return 0
 
 

@@ -5,6 +5,7 @@ method, temperatures, class names, hold-out split. `model_latest.pth` also holds
 """
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import pickle
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.files import TEMPORARY, atomic_write
+from utils.files import TEMPORARY, atomic_write, to_disk
 
 FORMAT = 1
 LATEST, BEST, PREVIOUS, DAMAGED = "model_latest.pth", "model_best.pth", "model_previous.pth", "model_damaged.pth"
@@ -46,6 +47,7 @@ def save_latest(folder: Path, content: dict[str, Any]) -> None:
     latest = folder / LATEST
     with atomic_write(latest) as file:
         torch.save({"format": FORMAT, **content}, file)
+        to_disk(file)
         if latest.exists():   # only now: what fails to be written costs neither of the two
             _keep(latest, folder / PREVIOUS)
 
@@ -57,6 +59,7 @@ def _keep(latest: Path, previous: Path) -> None:
     try:
         os.link(latest, link)
         os.replace(link, previous)
+        link.unlink(missing_ok=True)   # where both were one file already, a rename leaves the link
     except OSError:   # no hard links on this file system
         with open(latest, "rb") as source, atomic_write(previous) as file:
             shutil.copyfileobj(source, file)
@@ -156,6 +159,15 @@ def _unsafe(path: Path) -> str:
         return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or "unknown content"
     except Exception:
         return "not a checkpoint file"
+
+
+def hash_weights(weights: dict[str, Tensor]) -> str:
+    """SHA-256 (hex) of the names and the bits of a state_dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_weights(backbone: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:

@@ -29,9 +29,8 @@ from utils.errors import FAILURE, STOPPED, UserError, user_errors
 from utils.figures import save
 from utils.files import atomic_write
 from utils.flags import build_parser
-from utils.lock import locked
 from utils.result_files import stem
-from utils.run import RESULTS, SPLIT
+from utils.run import RESULTS
 
 ROOT = Path(__file__).parent.parent
 COMMAND = "command.json"
@@ -41,7 +40,7 @@ N_BUDGETS = 40   # of a whole curve
 RECIPE = ("--dataset glyphs --threads 1 --use-valid --arch msdnet_ge --nBlocks 4 --base 1 --step 2 --nChannels 4 --growthRate 4 "
           "--epochs 4 --lr_milestones 2,3 --batch-size 64").split()
 # What evaluation is told again; all else it finds in the checkpoint.
-PLACE = ("data_root", "device", "gpu", "threads", "val_workers")
+PLACE = ("data_root", "device", "gpu", "threads", "val_workers", "decoder", "skip_unreadable")
 # Flags that this program sets, or has no use for.
 OWN = ("method", "resume", "checkpoint", "start_epoch", "tensorboard_dir", "evaluate_from", "evalmode", "ensemble", "policy",
        "budget", "cost", "images", "sweep", "flat_curve", "save_suffix", "publish")
@@ -94,9 +93,6 @@ def train(method: str, folder: Path, flags: Sequence[str]) -> None:
     run.mkdir(parents=True, exist_ok=True)
     start = ["--resume"]
     if recipe.after and not (run / LATEST).exists():
-        with locked(run):   # not those of a run that another process has just started
-            for name in (RESULTS, SPLIT):   # of a run that was killed before it saved anything, and that cannot be resumed
-                (run / name).unlink(missing_ok=True)
         start = ["--checkpoint", str(folder / recipe.after / LATEST)]
     _call([str(ROOT / "utils" / "footprint.py"), str(run / FOOTPRINT), str(ROOT / "train_cifar100.py"), "--result_dir", str(run),
            *command, *start])
@@ -217,7 +213,8 @@ def parse(argv: Sequence[str] | None) -> tuple[Namespace, list[str], list[str]]:
     unwanted = [training.spelling(name) for name in OWN if name in explicit]
     if unwanted:
         parser.error(f"{' and '.join(unwanted)} cannot be chosen here: the program sets it, or has no use for it")
-    place = [word for name in PLACE if name in explicit for word in (training.spelling(name), str(getattr(given, name)))]
+    place = [word for name in PLACE if name in explicit
+             for word in (training.spelling(name), *([] if getattr(given, name) is True else [str(getattr(given, name))]))]
     own.temperatures, own.epochs = given.ensemble_reweight, given.epochs
     for method in own.methods:   # before the first of them has trained for hours
         problem = refusal(["--method", method, *RECIPE, *rest, *recipe_of(method).flags,

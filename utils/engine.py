@@ -118,6 +118,11 @@ class Predictions(NamedTuple):
     top5: Tensor
 
     @property
+    def n_samples(self) -> int:
+        """Images judged, without those that were left out as unreadable."""
+        return self.correct.shape[1]
+
+    @property
     def top1(self) -> list[float]:
         """Percent correct at every exit."""
         return (100 * self.correct.double().mean(dim=1)).tolist()

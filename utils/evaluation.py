@@ -90,14 +90,14 @@ def evaluate_anytime(model: BoostedNet, data, folder: Path, *, about: dict[str, 
         The content of the JSON file.
     """
     test = predict(model, data.test())
-    result = {**about, "top1": test.top1, "top5": test.top5.tolist()}
+    result = {**about, "n_test": test.n_samples, "top1": test.top1, "top5": test.top5.tolist()}
     if not distributed.is_main():
         return result
     rows = list(zip(about["macs"], about["params"], result["top1"], result["top5"], strict=True))
     print(format_table(["exit", "10^6 MACs", "10^6 params", "top-1 %", "top-5 %"],
                        [[n + 1, millions(macs), f"{params / 1e6:.3f}", f"{top1:.2f}", f"{top5:.2f}"]
                         for n, (macs, params, top1, top5) in enumerate(rows)],
-                       title=f"\nAnytime prediction: {_describe(about)}, {data.n_test} test images"))
+                       title=f"\nAnytime prediction: {_describe(about)}, {result['n_test']} test images"))
     name = stem("anytime", result, suffix)
     _write_columns(folder / f"any{name.removeprefix('anytime')}.txt", rows)
     _write_costs(folder, about["macs"])
@@ -129,12 +129,13 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
     arrays = (valid.confidence, valid.correct, test.confidence, test.correct, macs)
     fitted = released_curve(*arrays, flat=flat) if released else budget_curve(*arrays, budgets)
     points = flatten(fitted) if flat and not released else fitted
+    about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
     result = {**about, "family": "released" if released else "eq9", "flat": flat, "augmented_hold_out": data.augment_valid,
               "points": [{**point, "thresholds": finite(point["thresholds"])} for point in points]}
     if distributed.is_main():
-        _report_budgeted(result, data, folder, suffix)
+        _report_budgeted(result, folder, suffix)
         if not released:
-            _warn_of_missed_budgets(fitted, data.n_valid)
+            _warn_of_missed_budgets(fitted, valid.n_samples)
     return result
 
 
@@ -149,13 +150,14 @@ def evaluate_patience(model: BoostedNet, data, folder: Path, *, about: dict[str,
     require_hold_out(data)
     valid, test = (predict(model, batches, POLICIES["patience"]) for batches in (data.valid(), data.test()))
     points = patience_curve(valid.confidence, valid.correct, test.confidence, test.correct, about["macs"])
+    about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
     result = {**about, "family": "patience", "flat": False, "augmented_hold_out": data.augment_valid, "points": points}
     if distributed.is_main():
-        _report_budgeted(result, data, folder, suffix)
+        _report_budgeted(result, folder, suffix)
     return result
 
 
-def _report_budgeted(result: dict[str, Any], data, folder: Path, suffix: str) -> None:
+def _report_budgeted(result: dict[str, Any], folder: Path, suffix: str) -> None:
     """Print the table of a curve and write its files."""
     family = FAMILIES[result["family"]]
     augmented = " with training augmentation" if result["augmented_hold_out"] else ""
@@ -168,7 +170,7 @@ def _report_budgeted(result: dict[str, Any], data, folder: Path, suffix: str) ->
     print(format_table([family.column, "hold-out MACs", "test MACs", "hold-out top-1", "test top-1",
                         "test exits, %"], rows,
                        title=f"\nBudgeted batch, {family.title}{', flat curve' if result['flat'] else ''}: {_describe(result)}\n"
-                             f"{fitted}{data.n_valid} held-out images{augmented}, {data.n_test} test images, "
+                             f"{fitted}{result['n_valid']} held-out images{augmented}, {result['n_test']} test images, "
                              "10^6 MACs per image"))
     name = stem("dynamic", result, suffix)
     _write_columns(folder / f"{name}.txt", [(point["test_mean_macs"], point["test_top1"]) for point in result["points"]])

@@ -25,8 +25,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     try:
         with open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            to_disk(file)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except Exception as error:
@@ -37,6 +36,12 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):   # never in place of the error that matters
             temporary.unlink(missing_ok=True)
+
+
+def to_disk(file: BinaryIO) -> None:
+    """Wait until what was written is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

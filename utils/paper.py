@@ -53,6 +53,8 @@ TRAINING = {"optimizer": "sgd", "lr_f": 0.1, "lr_type": "multistep", "decay_rate
             "loss_equal": False, "trainable_ensemble": False, "use_valid": False, "start_epoch": 0, "checkpoint": None}
 SCHEDULES = {"cifar100": {"epochs": 300, "lr_milestones": [150, 225]}, "imagenet": {"epochs": 90, "lr_milestones": [30, 60]}}
 IMAGES_PER_STEP = {"cifar100": 64, "imagenet": 256}
+TRAINING_IMAGES = {"cifar100": 50_000, "imagenet": 1_281_167}
+TEST_IMAGES = {"cifar100": 10_000, "imagenet": 50_000}
 ARCHITECTURES = {"msdnet": "msdnet_ge", "ranet": "ranet"}
 TEMPERATURE = 0.5
 

@@ -84,7 +84,8 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
     model.backbone.load_state_dict(content["state_dict"])
     rounded = predict(model, data.test())
     parts = {"test": Arrays.of(rounded)} | ({"valid": Arrays.of(predict(model, data.valid()))} if dynamic else {})
-    about = {**about, "precision": "half", "top1_float32": full.top1, "top5": rounded.top5.tolist()}
+    judged = {f"n_{name}": part.correct.shape[1] for name, part in parts.items()}
+    about = {**about, **judged, "precision": "half", "top1_float32": full.top1, "top5": rounded.top5.tolist()}
     kind = "dynamic" if dynamic else "anytime"
     if not distributed.is_main():
         return
@@ -96,7 +97,7 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
     changed = (full.correct != rounded.correct).sum(dim=1).tolist()
     print(format_table(["exit", "float32 top-1 %", "half top-1 %", "answers changed"],
                        [[n + 1, f"{a:.2f}", f"{b:.2f}", c] for n, (a, b, c) in enumerate(zip(full.top1, rounded.top1, changed))],
-                       title=f"\n{folder}: {data.n_test} test images; an answer changed where it became right or wrong"))
+                       title=f"\n{folder}: {rounded.n_samples} test images; an answer changed where it became right or wrong"))
 
 
 def _require_own_folder(folder: Path, about: dict[str, Any]) -> None:

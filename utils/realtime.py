@@ -58,9 +58,10 @@ def evaluate_realtime(model: BoostedNet, data, folder: Path, *, about: dict[str,
         promised = evaluate_thresholds(valid.confidence, valid.correct, thresholds, costs)[1]
         points.append({"budget": budget, "thresholds": operating_points.finite(thresholds), "valid_mean_cost": promised,
                        **_run(early_exit, data.test(), test, thresholds, about["macs"], latency_ms)})
+    about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
     result = {**about, "cost": cost, "batch_size": len(next(iter(data.test())).images), "latency_ms": latency_ms.tolist(),
               "versions": versions(next(model.parameters()).device), "points": points}
-    _print(result, data)
+    _print(result)
     write_json(folder / f"{stem('realtime', result, suffix)}.json", result)
     return result
 
@@ -104,7 +105,7 @@ def _now(images: Tensor) -> float:
     return time.perf_counter()
 
 
-def _print(result: dict[str, Any], data) -> None:
+def _print(result: dict[str, Any]) -> None:
     in_ms, points, machine = result["cost"] == "latency", result["points"], result["versions"]
     unit = "ms" if in_ms else "MACs"
     rows = []
@@ -114,12 +115,12 @@ def _print(result: dict[str, Any], data) -> None:
                      f"{point['top1']:.2f}", f"{point['simulated_top1']:.2f}", f"{point['seconds']:.2f}",
                      f"{point['ms_per_image']:.4g}", f"{point['predicted_ms']:.4g}", point["n_differ"],
                      " ".join(f"{100 * share:3.0f}" for share in point["exit_share"])])
-    title = (f"\nEarly exit in real time: {result['arch']} {describe(result)} {result['dataset']}, {data.n_test} test images in "
-             f"batches of {result['batch_size']}, 10^6 MACs and ms per image\n"
+    title = (f"\nEarly exit in real time: {result['arch']} {describe(result)} {result['dataset']}, {result['n_test']} test "
+             f"images in batches of {result['batch_size']}, 10^6 MACs and ms per image\n"
              f"{machine['device']}, {machine['threads']} CPU threads, torch {machine['torch']}; to reach each exit "
              f"{' '.join(f'{ms:.3g}' for ms in result['latency_ms'])} ms per image")
     print(format_table([f"budget, {unit}", f"hold-out {unit}", "test MACs", "simulated", "top-1", "simulated", "wall s",
                         "ms/image", "predicted", "differ", "exits, %"], rows, title=title))
     n_differ, near = (sum(point[name] for point in points) for name in ("n_differ", "n_differ_by_rounding"))
-    print(f"{n_differ} of {data.n_test * len(points)} answers differ from the simulation, {near} of them where a confidence lies "
-          f"within {ROUNDING:g} of its threshold")
+    print(f"{n_differ} of {result['n_test'] * len(points)} answers differ from the simulation, {near} of them where a confidence "
+          f"lies within {ROUNDING:g} of its threshold")

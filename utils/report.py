@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils import paper
 from utils.catalog import METHODS, method_title, title_of
 from utils.cli import OneLineParser
 from utils.errors import UserError, user_errors
 from utils.flags import FREE_ON_RESUME, NETWORK, build_parser
-from utils.paper import ANYTIME, ARCHITECTURES, BACKBONES, IMAGES_PER_STEP, SCHEDULES, TEMPERATURE, TRAINING, Published
 from utils.reading import reading_words
 from utils.result_files import FAMILIES, read_results
 from utils.run import RESULTS
@@ -39,6 +39,7 @@ class Run:
 
     Attributes:
         settings: flags that make the training, by dest name, but not its seed; None for one without effect.
+        n_train: training images; None in files of an older version.
         test: content of its anytime file of the last epoch.
         on_test: (n_exits,) top-1 in the epoch that the test set likes best; None without --paper_protocol.
     """
@@ -47,6 +48,7 @@ class Run:
     seed: int
     settings: dict[str, Any]
     processes: int
+    n_train: int | None
     split_hash: str | None
     test: dict[str, Any]
     on_test: list[float] | None
@@ -81,7 +83,8 @@ def read_run(folder: Path) -> Run | None:
         for name in ("epochs", "batch_size"):
             if type(settings[name]) is not int:
                 raise ValueError(f"{name} is not a whole number")
-        run = Run(folder, int(config["seed"]), settings, int(results.get("processes", 1)), results["split_hash"],
+        run = Run(folder, int(config["seed"]), settings, int(results.get("processes", 1)), results.get("n_train"),
+                  results["split_hash"],
                   {name: test[name] for name in ("dataset", "method", "arch", "config", "n_test", "macs", "top1", "epoch")},
                   results["best_on_test"]["top1"] if "best_on_test" in results else None)
         lengths = {len(run.test["macs"]), len(run.test["top1"]), len(run.on_test or run.test["top1"])}
@@ -100,8 +103,8 @@ def seeds_together(runs: Sequence[Run]) -> list[list[Run]]:
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        judged = [run.dataset, run.test["n_test"], run.test["macs"]]
-        groups.setdefault(json.dumps([run.settings, run.processes, judged], sort_keys=True), []).append(run)
+        data = [run.dataset, run.n_train, run.test["n_test"], run.test["macs"]]
+        groups.setdefault(json.dumps([run.settings, run.processes, data], sort_keys=True), []).append(run)
     for group in groups.values():
         seen: dict[int, Run] = {}
         for run in group:
@@ -116,14 +119,17 @@ def seeds_together(runs: Sequence[Run]) -> list[list[Run]]:
 
 def is_papers(run: Run, backbone: str) -> bool:
     """Whether a run is what the paper's table has under this backbone: its network, its data, its schedule."""
-    numbers = ANYTIME.get((run.dataset, backbone))
-    if numbers is None or run.settings["arch"] != ARCHITECTURES[backbone] or len(run.test["macs"]) != len(numbers.millions):
+    numbers = paper.ANYTIME.get((run.dataset, backbone))
+    if numbers is None or run.settings["arch"] != paper.ARCHITECTURES[backbone] or len(run.test["macs"]) != len(numbers.millions):
+        return False
+    if (run.n_train, run.test["n_test"]) != (paper.TRAINING_IMAGES[run.dataset], paper.TEST_IMAGES[run.dataset]):
         return False
     same_network = all(abs(macs / (1e6 * told) - 1) < 5e-4 for macs, told in zip(run.test["macs"], numbers.millions))
-    expected = {**TRAINING, **SCHEDULES[run.dataset]}
+    expected = {**paper.TRAINING, **paper.SCHEDULES[run.dataset]}
     same_training = all(run.settings[name] == value for name, value in expected.items())
-    same_step = run.settings["batch_size"] * run.processes == IMAGES_PER_STEP[run.dataset]
-    same_method = run.method == "joint" or (run.method == "boost" and set(run.settings["ensemble_reweight"]) == {TEMPERATURE})
+    same_step = run.settings["batch_size"] * run.processes == paper.IMAGES_PER_STEP[run.dataset]
+    same_method = run.method == "joint" or (run.method == "boost"
+                                            and set(run.settings["ensemble_reweight"]) == {paper.TEMPERATURE})
     return same_network and same_training and same_step and same_method and run.test["epoch"] == expected["epochs"]
 
 
@@ -154,8 +160,8 @@ def of_seeds(group: Sequence[Run]) -> str:
 
 def papers_table(dataset: str, backbone: str, groups: Sequence[Sequence[Run]]) -> Table:
     """The paper's table of this data set and backbone, this project's rows under the paper's, and the differences."""
-    numbers: Published = ANYTIME[dataset, backbone]
-    table = Table(f"Paper's {numbers.source}: {title_of(dataset)}, {BACKBONES[backbone]}, top-1 % on the test set",
+    numbers: paper.Published = paper.ANYTIME[dataset, backbone]
+    table = Table(f"Paper's {numbers.source}: {title_of(dataset)}, {paper.BACKBONES[backbone]}, top-1 % on the test set",
                   ["exit", *map(str, range(1, len(numbers.millions) + 1))],
                   [["10^6 MACs", *(f"{m:#.4g}".rstrip(".") for m in numbers.millions)]])
     found = {}
@@ -165,6 +171,8 @@ def papers_table(dataset: str, backbone: str, groups: Sequence[Sequence[Run]]) -
         if not ours:
             table.rows.append([f"{name}, here", *[NOT_RUN] * len(told)])
         for group, label in zip(ours, distinct(ours)):
+            amp = group[0].settings["amp"]
+            label += f", --amp {amp}" if amp != "off" and "--amp" not in label else ""
             table.rows += [[f"{name}{label}, here{of_seeds(group)}", *shown(group)],
                            ["  less the paper", *signed(mean(group), told)],
                            *best_rows(group, told)]
@@ -201,12 +209,18 @@ def own_tables(groups: Sequence[Sequence[Run]]) -> list[Table]:
         for group, label in zip(members, distinct(members)):
             method = group[0].method
             table.rows += [[f"{method_title(method)}{label}{of_seeds(group)}", *shown(group)], *best_rows(group)]
-        if len(members) == 2 and {group[0].method for group in members} == {"boost", "joint"}:
+        if len(members) == 2 and differ_in_method(*(group[0] for group in members)):
             joint, boost = sorted(members, key=lambda group: group[0].method == "boost")
             table.rows.append(["BoostNet less joint training", *signed(mean(boost), mean(joint))])
         table.notes.append("Not the paper's network or schedule: not to be compared with its tables.")
         tables.append(table)
     return tables
+
+
+def differ_in_method(a: Run, b: Run) -> bool:
+    """Whether one is BoostNet and the other its joint baseline, all else equal."""
+    others = set(a.settings) - {"method", "ensemble_reweight", "trainable_ensemble"}
+    return {a.method, b.method} == {"boost", "joint"} and all(a.settings[name] == b.settings[name] for name in others)
 
 
 def network(run: Run) -> str:
@@ -268,7 +282,7 @@ def report(folders: Sequence[Path]) -> list[Table]:
     found = [(folder, read_run(folder)) for folder in folders]
     groups = seeds_together([run for _, run in found if run])
     papers, others = [], list(groups)
-    for dataset, backbone in ANYTIME:
+    for dataset, backbone in paper.ANYTIME:
         if any(run and run.dataset == dataset for _, run in found):
             papers.append(papers_table(dataset, backbone, groups))
             others = [group for group in others if not is_papers(group[0], backbone)]

@@ -26,7 +26,7 @@ def describe(args: argparse.Namespace, model: BoostedNet, data) -> dict[str, Any
     """What a checkpoint says about its network besides the weights."""
     return {**identify(args), "class_names": list(data.class_names), "temperatures": list(model.temperatures),
             "trainable_ensemble": args.trainable_ensemble, "split": data.split.to_dict() if data.split else None,
-            "seed": args.seed}
+            "labels_hash": data.labels_hash, "seed": args.seed}
 
 
 def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
@@ -116,6 +116,14 @@ def require_same_hold_out(saved: dict[str, Any], data, source: str) -> None:
     if data.split and "split" in saved and (saved["split"] or {}).get("hash") != data.split.hash:
         raise UserError(f"{source} was trained with another hold-out split, on images that this run holds out; train it with the "
                         "same --use-valid, --valid_size and --seed")
+
+
+def is_of_same_data(saved: dict[str, Any], data) -> bool:
+    """Whether a checkpoint's network was trained on images of these data, as far as it tells."""
+    labels_hash = saved.get("labels_hash") or (saved.get("split") or {}).get("labels_hash")
+    if labels_hash:
+        return labels_hash == data.labels_hash
+    return saved.get("class_names") == data.class_names
 
 
 def _show(value: Any) -> str:

@@ -33,10 +33,10 @@ class Run:
         results: content of results.json.
     """
 
-    def __init__(self, folder: Path, *, tensorboard_dir: Path | None = None, results: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, *, tensorboard_dir: Path, results: dict[str, Any]) -> None:
         self.folder, self.results = folder, results
         self.log = logging.getLogger("boostnet")
-        self._tensorboard_dir = tensorboard_dir or folder / "log"
+        self._tensorboard_dir = tensorboard_dir
         self._writer = None
 
     def scalars(self, values: dict[str, float], epoch: int) -> None:
@@ -90,9 +90,15 @@ def find_run(folder: str, resume: bool) -> dict[str, Any] | None:
     path = Path(folder)
     if resume:
         return load_latest(path)
-    if any((path / name).exists() for name in (LATEST, PREVIOUS, BEST, TEST_BEST, RESULTS, SPLIT)):
+    # A hold-out split alone is of a run that ended before it saved anything; the same flags draw it again.
+    if any((path / name).exists() for name in (LATEST, PREVIOUS, BEST, TEST_BEST, RESULTS)):
         raise UserError(f"{path} already holds a run; pass --resume to continue it, or another --result_dir")
     return None
+
+
+def epochs_begun(saved: dict[str, Any]) -> int:
+    """Epochs of a run that its checkpoint has behind it, with the one it stopped in."""
+    return saved["epoch"] + (1 if saved["training"]["figures"].get("steps") else 0)
 
 
 def finished(folder: Path, epochs: int) -> bool:
@@ -111,15 +117,25 @@ def stored_split(saved: dict[str, Any] | None) -> Split | None:
     return Split.from_dict(saved["split"]) if saved and saved["split"] else None
 
 
-def start_run(folder: str, *, tensorboard_dir: str | None, config: dict[str, Any], split: Split | None,
+def start_run(folder: str, *, tensorboard_dir: str | None, config: dict[str, Any], n_train: int, split: Split | None,
               device: torch.device) -> Run:
-    """Write down what the run in `folder` is."""
+    """Write down what the run in `folder` is.
+
+    Raises:
+        UserError: when TensorBoard's folder cannot be made.
+    """
     path = Path(folder)
-    if distributed.is_main() and split is not None:
-        split.save(path / SPLIT)
-    results = {"format": 1, "config": config, "processes": distributed.world_size(), "split_hash": split.hash if split else None,
-               "versions": versions(device)}
-    return Run(path, tensorboard_dir=Path(tensorboard_dir) if tensorboard_dir else None, results=results)
+    scalars = Path(tensorboard_dir) if tensorboard_dir else path / "log"
+    if distributed.is_main():
+        try:   # not after the first epoch, when TensorBoard would
+            scalars.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--tensorboard_dir {scalars} cannot be written: {error.strerror}") from error
+        if split is not None:
+            split.save(path / SPLIT)
+    results = {"format": 1, "config": config, "processes": distributed.world_size(), "n_train": n_train,
+               "split_hash": split.hash if split else None, "versions": versions(device)}
+    return Run(path, tensorboard_dir=scalars, results=results)
 
 
 def open_log(path: Path | None = None) -> None:
@@ -128,6 +144,8 @@ def open_log(path: Path | None = None) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     close_log()
+    if hasattr(sys.stdout, "reconfigure"):   # a name in a line may hold what the terminal's encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     terminal = logging.StreamHandler(sys.stdout)
     terminal.handleError = _nobody_listens
     terminal.setFormatter(logging.Formatter("%(message)s"))
@@ -141,9 +159,10 @@ def open_log(path: Path | None = None) -> None:
 
 def _nobody_listens(record: logging.LogRecord) -> None:
     """Go on in silence when stdout is a pipe whose reader has ended, as `tee` does at Ctrl-C."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+    if isinstance(sys.exc_info()[1], BrokenPipeError):   # not for a single line that could not be written
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def close_log() -> None:

@@ -26,7 +26,20 @@ refuse() {
     local flags=" " argument
     while [ "$1" != -- ]; do flags+="$1 " && shift; done
     for argument in "${@:2}"; do
-        case $flags in *" ${argument%%=*} "*) fail "${argument%%=*} cannot be given: it is what tells the runs apart" ;; esac
+        case $flags in *" ${argument%%=*} "*) fail "${argument%%=*} cannot be given: this script sets it" ;; esac
+    done
+}
+
+# place_of ARGUMENT...: set the array `place` to those of the arguments that say where a run computes and where its data are,
+# which evaluation has to be told as well.
+place_of() {
+    place=()
+    while [ $# -gt 0 ]; do
+        case " --data-root --device --gpu --threads --val_workers " in
+            *" $1 "*) place+=("$1" ${2+"$2"}); [ $# -eq 1 ] || shift ;;
+            *" ${1%%=*} "*) place+=("$1") ;;
+        esac
+        shift
     done
 }
 

@@ -16,7 +16,7 @@ from utils.inference import load_teacher
 from utils.methods import METHODS, Method, build_method, build_model, require_one_process
 from utils.methods.bad_steps import all_finite
 from utils.optim import build_optimizer, build_scheduler
-from utils.restore import describe, require_same_hold_out
+from utils.restore import describe, is_of_same_data, require_same_hold_out
 from utils.rng import make_deterministic, rng_state, seed_all, set_rng_state
 from utils.run import Run, finished, plain, start_run
 from utils.signals import StopSignals
@@ -44,7 +44,7 @@ def prepare(args: argparse.Namespace, data, device: torch.device, saved: dict[st
     if args.checkpoint:
         start = checkpoint.load(args.checkpoint)
         METHODS[args.method].load_start(model, start, args.checkpoint)
-        if catalog.METHODS[args.method].second_stage:
+        if catalog.METHODS[args.method].second_stage or is_of_same_data(start, data):
             require_same_hold_out(start, data, args.checkpoint)
     elif catalog.METHODS[args.method].second_stage and not saved:
         raise UserError(f"nothing to resume in {args.result_dir}; --method {args.method} begins with the trained network of "
@@ -60,10 +60,12 @@ def prepare(args: argparse.Namespace, data, device: torch.device, saved: dict[st
     if saved:   # where the run began, a command with --resume does not say again
         config |= {name: saved["training"]["config"][name] for name in ("checkpoint", "start_epoch")
                    if name in saved["training"]["config"]}
-    run = start_run(args.result_dir, tensorboard_dir=args.tensorboard_dir, config=config, split=data.split, device=device)
+    run = start_run(args.result_dir, tensorboard_dir=args.tensorboard_dir, config=config, n_train=data.n_train, split=data.split,
+                    device=device)
     method = build_method(args, model, optimizer, network=distributed.wrap(forward, device), teacher=teacher)
     trainer = Trainer(method, data, run, scheduler=scheduler, description=describe(args, model, data), epochs=args.epochs,
-                      start_epoch=args.start_epoch, print_freq=args.print_freq, paper_protocol=args.paper_protocol)
+                      start_epoch=args.start_epoch, print_freq=args.print_freq, paper_protocol=args.paper_protocol,
+                      teacher_hash=checkpoint.hash_weights(teacher.state_dict()) if teacher else None)
     if saved:
         trainer.resume(saved)
     elif args.resume:
@@ -82,16 +84,17 @@ class Trainer:
         epochs, start_epoch: train epochs start_epoch ... epochs - 1.
         print_freq: steps between looks at the loss; nothing else in an epoch waits for the device.
         paper_protocol: read the test set after every epoch and keep the weights it likes best as well, as the released code does.
+        teacher_hash: of the weights of another network that the method learns from.
     """
 
     def __init__(self, method: Method, data, run: Run, *, scheduler: torch.optim.lr_scheduler.LRScheduler,
                  description: dict[str, Any], epochs: int, start_epoch: int = 0, print_freq: int = 10,
-                 paper_protocol: bool = False) -> None:
+                 paper_protocol: bool = False, teacher_hash: str | None = None) -> None:
         self.method, self.data, self.run, self.description = method, data, run, description
         self.model, self.optimizer, self.scheduler = method.model, method.optimizer, scheduler
         self.epochs, self.epoch, self.print_freq = epochs, start_epoch, print_freq
         self.device = next(self.model.parameters()).device
-        self.paper_protocol = paper_protocol
+        self.paper_protocol, self.teacher_hash = paper_protocol, teacher_hash
         hold_out = "augmented hold-out" if paper_protocol else "hold-out"
         self.best = {"epoch": 0, "top1": -1.0, "chosen_on": hold_out if data.n_valid else "last epoch"}
         self.history: list[dict[str, Any]] = []
@@ -153,8 +156,9 @@ class Trainer:
         """
         state, source = saved["training"], f"the run in {self.run.folder}"
         for name, now in self._origin().items():
-            if state[name] != now:
-                raise UserError(f"{source} cannot be resumed with other data or processes: {name} was {state[name]}, now {now}")
+            then = state.get(name, now)   # older versions did not write all of them down
+            if then != now:
+                raise UserError(f"{source} cannot be resumed with other data, processes or teacher: {name} was {then}, now {now}")
         checkpoint.load_weights(self.model.backbone, saved["state_dict"], source)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -171,7 +175,8 @@ class Trainer:
 
     def _origin(self) -> dict[str, Any]:
         """What makes the batches of an epoch besides the flags: with another value there is no going on."""
-        return {"n_train": self.data.n_train, "labels_hash": self.data.labels_hash, "processes": distributed.world_size()}
+        return {"n_train": self.data.n_train, "labels_hash": self.data.labels_hash, "processes": distributed.world_size(),
+                "teacher_hash": self.teacher_hash}
 
     def _train_steps(self, signals: StopSignals) -> bool:
         """The steps of an epoch that are still to do; False when a signal came before its end."""
@@ -218,10 +223,11 @@ class Trainer:
         is_best = score is None or score > self.best["top1"]
         if is_best:
             self.best |= {"epoch": self.epoch, "top1": entry["train_top1"][-1] if score is None else score}
-        self._report(entry)
+        self._log(entry)
         self._save(is_best, is_test_best=self.paper_protocol and best_on_test(self.history) is entry)
         self._note_results()
         self.run.save_results()
+        self._write_scalars(entry)   # last: what goes wrong there costs no epoch
 
     def _advance_schedules(self) -> None:
         self.scheduler.step()
@@ -259,7 +265,7 @@ class Trainer:
                 "objective": self.method.state_dict(), "figures": figures, "best": self.best,
                 "history": self.history, "rng": rng_state(), "config": self.run.results["config"], **self._origin()}
 
-    def _report(self, entry: dict[str, Any]) -> None:
+    def _log(self, entry: dict[str, Any]) -> None:
         eta = (self.epochs - self.epoch) * entry["seconds"]
         line = (f"epoch {entry['epoch']}/{self.epochs}  lr {entry['lr']:.4g}  {entry['images_per_s']:.0f} images/s  "
                 f"ETA {tqdm.format_interval(eta)}  train top-1 {_join(entry['train_top1'])}")
@@ -270,6 +276,8 @@ class Trainer:
                      f"epoch {best_on_test(self.history)['epoch']} so far)")
         if distributed.is_main():
             self.run.log.info(line)
+
+    def _write_scalars(self, entry: dict[str, Any]) -> None:
         scalars = {"lr": entry["lr"], "images_per_s": entry["images_per_s"]}
         for name in ("train_loss", "train_top1", "valid_share", "valid_top1", "test_top1"):
             scalars |= {f"{name}/exit{n + 1}": value for n, value in enumerate(entry.get(name) or [])}
