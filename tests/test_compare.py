@@ -14,6 +14,7 @@ import tiny
 
 import eval_cifar100
 import train_cifar100
+from args import parse_args
 from utils import compare, comparison, footprint
 from utils.errors import UserError
 from utils.result_files import stem
@@ -129,7 +130,6 @@ def test_recipe_and_own_flags_reach_the_trainer_and_the_users_win(tmp_path, call
     monkeypatch.setattr(compare, "evaluate", lambda *arguments: None)
     monkeypatch.setattr(compare, "method_names", lambda: ["imta", "joint", "block_losses"])
     assert compare.main(["--result_dir", str(tmp_path), "--epochs", "9"]) == 0
-    from args import parse_args
 
     methods, starts = [], []
     for call in calls:
@@ -142,7 +142,7 @@ def test_recipe_and_own_flags_reach_the_trainer_and_the_users_win(tmp_path, call
         starts.append(args.checkpoint or args.resume)
     assert methods == ["joint", "block_losses", "imta"]   # behind what it starts from
     assert starts == [True, True, str(tmp_path / "joint" / "model_latest.pth")]
-    assert calls[1][-3:] == ["--overlap", "3", "--resume"]
+    assert calls[1][calls[1].index("--method"):][1:4] == ["block_losses", "--overlap", "3"] and calls[1][-1] == "--resume"
 
 
 def test_a_run_that_starts_from_another_is_resumed_once_it_has_saved(tmp_path, calls, monkeypatch):
@@ -352,3 +352,10 @@ def test_evaluation_is_told_how_images_are_read():
     given = ["--dataset", "folder", "--image_size", "224", "--grFactor", "1-2-4-4", "--bnFactor", "1-2-4-4", "--skip_unreadable",
              "--decoder", "pillow", "--methods", "boost"]
     assert compare.parse(given)[2][-3:] == ["--decoder", "pillow", "--skip_unreadable"]
+
+
+@pytest.mark.parametrize("given, wanted", [("", (None, 3)), ("--overlap 2", (None, 2)), ("--groups 3-1", ([3, 1], None))])
+def test_flags_given_win_over_those_of_a_methods_own_recipe(given, wanted):
+    training = compare.parse(["--methods", "block_losses", *given.split()])[1]
+    args = parse_args(compare.flags_of("block_losses", training))
+    assert (args.groups, args.overlap) == wanted

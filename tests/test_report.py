@@ -181,12 +181,21 @@ def test_published_results_are_shown_with_their_budgets(capsys):
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "has no results.json"), ("no", "is not the results.json"), ("[]", "is not the results.json"),
-    ('{"config": {}}', "not finished"), ('{"config": {}, "test": {}}', "is not the results.json")])
+    (None, "holds no finished run"), ("no", "is not the results.json"), ("[]", "is not the results.json"),
+    ('{"config": {}}', "holds no finished run"), ('{"config": {}, "test": {}}', "is not the results.json")])
 def test_folders_without_a_finished_run_end_with_one_line(tmp_path, capsys, content, message):
     if content is not None:
         (tmp_path / "results.json").write_text(content)
     assert message in one_line_error(capsys, lambda: report.main([str(tmp_path)]))
+
+
+def test_runs_without_results_yet_do_not_keep_the_others_from_being_shown(tmp_path, capsys):
+    write_run(tmp_path / "done")
+    (tmp_path / "begun").mkdir()
+    assert report.main([str(path) for path in sorted(tmp_path.iterdir())]) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path / 'begun'} holds no finished run and is left out." in out and "70.00" in out
+    assert "not a folder" in one_line_error(capsys, lambda: report.main([str(tmp_path / "no*where")]))
 
 
 @pytest.mark.parametrize("name", ["epochs", "batch_size"])

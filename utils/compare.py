@@ -80,6 +80,14 @@ def recipe_of(method: str) -> Recipe:
     return RECIPES.get(method, Recipe())
 
 
+def flags_of(method: str, flags: Sequence[str]) -> list[str]:
+    """All flags of a method's training: those given come behind its own, and win."""
+    own = recipe_of(method).flags
+    if any(word.partition("=")[0] == "--groups" for word in flags):   # the other way to say what --overlap says
+        own = ()
+    return ["--method", method, *own, *flags]
+
+
 def train(method: str, folder: Path, flags: Sequence[str]) -> None:
     """Train one method in folder/method, unless that is done.
 
@@ -87,7 +95,7 @@ def train(method: str, folder: Path, flags: Sequence[str]) -> None:
         Failed: when the run did not end well.
     """
     run, recipe = folder / method, recipe_of(method)
-    command = ["--method", method, *flags, *recipe.flags]
+    command = flags_of(method, flags)
     if _content(run / COMMAND) == command and "test" in (_content(run / RESULTS) or {}):
         return
     run.mkdir(parents=True, exist_ok=True)
@@ -217,8 +225,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Namespace, list[str], list[str]]:
              for word in (training.spelling(name), *([] if getattr(given, name) is True else [str(getattr(given, name))]))]
     own.temperatures, own.epochs = given.ensemble_reweight, given.epochs
     for method in own.methods:   # before the first of them has trained for hours
-        problem = refusal(["--method", method, *RECIPE, *rest, *recipe_of(method).flags,
-                           *(["--checkpoint", "x"] if recipe_of(method).after else [])])
+        problem = refusal([*flags_of(method, [*RECIPE, *rest]), *(["--checkpoint", "x"] if recipe_of(method).after else [])])
         if problem:
             parser.error(f"these flags do not suit --method {method}: {problem}; leave it out with --methods")
     return own, RECIPE + rest, place

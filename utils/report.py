@@ -63,14 +63,16 @@ class Run:
 
 
 def read_run(folder: Path) -> Run | None:
-    """The run in `folder`; None when it is not finished.
+    """The run in `folder`; None when it has no results yet, or is not finished.
 
     Raises:
-        UserError: when there is no results.json, or it is something else.
+        UserError: when there is no such folder, or its results.json is something else.
     """
     path = folder / RESULTS
-    if not path.is_file():
-        raise UserError(f"{folder} has no {RESULTS}; pass the --result_dir of a training run")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; pass the --result_dir of a training run")
+    if not path.exists():
+        return None
     try:
         results = json.loads(path.read_text())
         config, test = results["config"], results.get("test")
@@ -287,7 +289,7 @@ def report(folders: Sequence[Path]) -> list[Table]:
             papers.append(papers_table(dataset, backbone, groups))
             others = [group for group in others if not is_papers(group[0], backbone)]
     tables = [*papers, *own_tables(others), *budget_tables(folders)]
-    unfinished = [f"{folder} is not finished and left out." for folder, run in found if run is None]
+    unfinished = [f"{folder} holds no finished run and is left out." for folder, run in found if run is None]
     if not tables:
         raise UserError(" ".join(unfinished) or "nothing to report")
     tables[-1].notes += unfinished
