@@ -13,28 +13,16 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from utils.catalog import DATASETS, METHODS
-from utils.cli import Rule, each, is_path, rising, shown
+from utils.catalog import DATASETS, MAX_LAYERS, METHODS, n_layers
+from utils.cli import Rule, each, is_path, is_text, rising, shown
 from utils.flags import FREE_ON_RESUME, IMAGE_SIZES, NETWORK, Milliseconds, build_parser
 
 # A classifier halves the coarsest map twice and pools it to one value: the map is 8x8 (32 pixels) or 7x7 (224).
 N_SCALES = {32: 3, 224: 4}
-# A mistyped number of blocks should be an error, not a machine that swaps. The largest published network has 160.
-MAX_LAYERS = 1000
 
 
 def _is_msdnet(args: Namespace) -> bool:
     return args.arch.startswith("msdnet")
-
-
-def _n_layers(args: Namespace) -> int:
-    """Layers of an MSDNet, or of all sub-networks of a RANet."""
-    if _is_msdnet(args):
-        later = args.nBlocks - 1
-        growing = args.step * args.nBlocks * later // 2 + later
-        return args.base + (args.step * later if args.stepmode == "even" else growing)
-    blocks = [args.nBlocks + args.block_step * s for s in range(len(args.scale_list))]
-    return args.step * sum(n if args.stepmode == "even" else n * (n + 1) // 2 for n in blocks)
 
 
 def _n_exits(args: Namespace) -> int:
@@ -68,6 +56,7 @@ RULES: tuple[Rule, ...] = (
           "different device numbers such as 0 or 0,1 (--device cpu for none)"),
     *each("save_suffix", lambda x: is_path(f"_{x}") and not re.search(r"[/\\]", x), "a part of a file name, without / and \\"),
     *each("result_dir tensorboard_dir checkpoint data_root evaluate_from teacher publish", is_path, "a path"),
+    *each("result_dir tensorboard_dir publish", is_text, "a path in UTF-8, as the files in it"),
     # Data.
     Rule(("image_size", "dataset"),
          lambda a: DATASETS[a.dataset].image_size in (None, a.image_size),
@@ -118,13 +107,13 @@ RULES: tuple[Rule, ...] = (
                    f"{shown(a.grFactor[1:])} that it adds",
          if_given=True),
     Rule(("nBlocks", "base", "step", "stepmode", "prune", "arch", "grFactor"),
-         lambda a: not _is_msdnet(a) or a.prune == "max" or _n_layers(a) >= len(a.grFactor) - 1,
+         lambda a: not _is_msdnet(a) or a.prune == "max" or n_layers(a) >= len(a.grFactor) - 1,
          lambda a: f"--prune min needs at least {len(a.grFactor) - 1} layers for {len(a.grFactor)} scales, "
-                   f"got {_n_layers(a)}",
+                   f"got {n_layers(a)}",
          if_given=True),
     Rule(("nBlocks", "step", "stepmode", "arch"),
-         lambda a: _n_layers(a) <= MAX_LAYERS,
-         lambda a: f"makes a network of {_n_layers(a)} layers with --step {a.step} --stepmode {a.stepmode}; "
+         lambda a: n_layers(a) <= MAX_LAYERS,
+         lambda a: f"makes a network of {n_layers(a)} layers with --step {a.step} --stepmode {a.stepmode}; "
                    f"at most {MAX_LAYERS} are allowed",
          if_given=True),
     # Method.

@@ -9,6 +9,7 @@ follow from (seed, epoch, image) in both cases, and nothing waits for the device
 """
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -86,6 +87,7 @@ class Data:
         augment_valid: whether the hold-out is read with training augmentation.
         n_train, n_valid, n_test: number of images on all ranks together.
         labels_hash: of all training labels in file order; other data have another one.
+        data_hash: of class names, training and test labels.
     """
 
     def __init__(self, train_set: DeviceImages | FolderImages, valid_set: DeviceImages | FolderImages,
@@ -101,6 +103,8 @@ class Data:
         self.n_train, self.n_test = len(self._train_index), len(test_set.labels)
         self.n_valid = len(split.valid_index) if split else 0
         self.labels_hash = hash_labels(train_set.labels)
+        named = "\n".join([*class_names, self.labels_hash, hash_labels(test_set.labels)])
+        self.data_hash = hashlib.sha256(named.encode(errors="surrogateescape")).hexdigest()
 
     def train(self, epoch: int, first_batch: int = 0) -> Batches:
         """Augmented batches of `epoch` from `first_batch` on; both order and augmentation follow from (seed, epoch)."""

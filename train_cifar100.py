@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     require(args, "result_dir")
     forbid(args, "evaluate_from", "evalmode", "ensemble", "policy", "budget", "sweep", "flat_curve", "publish", "images", "cost")
     device = choose_device(args.device, args.gpu, args.threads)
-    with claim(args.result_dir):
+    with StopSignals(begun=False) as signals, claim(args.result_dir):
         saved = find_run(args.result_dir, args.resume)
         if saved:
             require_unchanged(args, saved["training"]["config"], epochs_begun=epochs_begun(saved))
@@ -31,10 +31,9 @@ def main(argv: list[str] | None = None) -> int:
                           workers=args.workers, val_workers=args.val_workers, decoder=args.decoder,
                           skip_unreadable=args.skip_unreadable)
         trainer = prepare(args, data, device, saved)
-        with StopSignals() as signals:
-            if not trainer.fit(signals):
-                return STOPPED
-            trainer.test()
+        if not trainer.fit(signals):
+            return STOPPED
+        trainer.test()
     return 0
 
 

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     require(args, "result_dir")
     forbid(args, "evaluate_from", "evalmode", "ensemble", "policy", "budget", "sweep", "flat_curve", "publish", "images", "cost")
     device = choose_device(args.device, args.gpu, args.threads)
-    with process_group(device, args.dist_backend), claim(args.result_dir):
+    with StopSignals(begun=False) as signals, process_group(device, args.dist_backend), claim(args.result_dir):
         saved = find_run(args.result_dir, args.resume)
         if saved:
             require_unchanged(args, saved["training"]["config"], epochs_begun=epochs_begun(saved))
@@ -33,10 +33,9 @@ def main(argv: list[str] | None = None) -> int:
                           workers=args.workers, val_workers=args.val_workers, decoder=args.decoder,
                           skip_unreadable=args.skip_unreadable, rank=rank(), world=world_size())
         trainer = prepare(args, data, device, saved)
-        with StopSignals() as signals:
-            if not trainer.fit(signals):
-                return STOPPED
-            trainer.test()
+        if not trainer.fit(signals):
+            return STOPPED
+        trainer.test()
     return 0
 
 

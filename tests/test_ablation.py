@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from test_report import write_run
 from test_scripts import commands, flags
 from tiny import one_line_error
@@ -85,6 +86,15 @@ def test_no_run_vanishes_without_a_word(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[:2] == [
         f"{folder / 'young'} is not finished and left out",
         f"{folder / 'both'} differs from the reference in more than one factor and is in no panel"]
+
+
+@pytest.mark.parametrize("output", ["fig.v2", "fig.pdf", "folder", ".", "/"])
+def test_the_figure_is_never_written_under_another_name(tmp_path, capsys, output):
+    folder = write_runs(tmp_path / "runs", "reference", "t1")
+    (tmp_path / "fig.png").write_text("precious")
+    (tmp_path / "folder").mkdir()
+    assert "ends in .png" in one_line_error(capsys, lambda: ablation.main([str(folder), "--output", str(tmp_path / output)]))
+    assert (tmp_path / "fig.png").read_text() == "precious" and not (tmp_path / "folder.png").exists()
 
 
 def test_runs_of_another_seed_are_no_part_of_it(tmp_path, capsys):

@@ -93,6 +93,7 @@ MISTAKES = [
     ("--gpu 0,0", "--gpu"),
     ("--save_suffix a/b", "--save_suffix"),
     ("--result_dir=", "--result_dir"),
+    *((f"{flag}=n\udcff", flag) for flag in ("--result_dir", "--tensorboard_dir", "--publish")),
     ("--tensorboard_dir=", "--tensorboard_dir"),
     ("--data-root=", "--data-root"),
     ("--checkpoint=", "--checkpoint"),

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import pickle
 import random
@@ -227,6 +228,8 @@ def changed(**entries) -> dict:
     ({"state_dict": {"w": 1.0}}, "under 'state_dict'"),
     ({"state_dict": [torch.zeros(1)]}, "under 'state_dict'"),
     (changed(format=2), "format 2"),
+    (changed(format=torch.ones(2)), "format"),
+    ({"state_dict": {"w": torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.quint8)}}, "under 'state_dict'"),
     (changed(architecture=None), "'architecture' is NoneType"),
     ({name: value for name, value in changed().items() if name != "dataset"}, "'dataset' is missing"),
     (changed(temperatures="0.5"), "'temperatures' is str"),
@@ -325,6 +328,7 @@ def damage(path: Path) -> None:
 @pytest.mark.parametrize("spoil", [
     lambda saved: saved["architecture"].pop("base"), lambda saved: saved["architecture"].update(nBlocks="x"),
     lambda saved: saved["architecture"].update(more=1), lambda saved: saved.update(method="no such"),
+    lambda saved: saved["architecture"].update(nBlocks=100_000), lambda saved: saved["architecture"].update(reduction=math.inf),
     lambda saved: saved.update(temperatures=[float("nan")] * 3)])
 def test_a_checkpoint_that_makes_no_sense_is_no_network_either(tmp_path, spoil):
     from pathlib import Path

@@ -1,6 +1,7 @@
 """The command that trains all methods at equal recipe: what it runs, what it leaves alone, and what it shows."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -359,3 +360,37 @@ def test_flags_given_win_over_those_of_a_methods_own_recipe(given, wanted):
     training = compare.parse(["--methods", "block_losses", *given.split()])[1]
     args = parse_args(compare.flags_of("block_losses", training))
     assert (args.groups, args.overlap) == wanted
+
+
+@pytest.mark.parametrize("name, content", [
+    ("anytime.json", "5"), ("dynamic.json", '{"points": null}'), ("results.json", "5"), ("results.json", '{"test": 5}'),
+    ("results.json", "[" * 100_000), ("footprint.json", ""), ("footprint.json", '{"peak_rss_bytes": "x", "peak_cuda_bytes": 0}')])
+def test_damaged_files_end_with_one_line_or_are_written_again(compared, images, tmp_path, capsys, monkeypatch, name, content):
+    folder = tmp_path / "compare"
+    shutil.copytree(compared, folder)
+    (folder / "boost" / name).write_text(content)
+    monkeypatch.setattr(compare, "_call", call_here)
+    capsys.readouterr()
+    try:
+        code = compare.main(["--result_dir", str(folder), "--methods", "boost", *flags(images)])
+    except SystemExit as error:
+        code = error.code
+    message = capsys.readouterr().err
+    assert code == 0 or (code == 2 and message.count("\n") == 1 and name in message), message
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_during_evaluation_ends_like_one_during_training(tmp_path, monkeypatch, capsys, number):
+    def killed(*arguments):
+        raise compare.Failed(-number)
+
+    monkeypatch.setattr(compare, "train", lambda *arguments: None)
+    monkeypatch.setattr(compare, "evaluate", killed)
+    assert compare.main(["--result_dir", str(tmp_path), "--methods", "boost"]) == 75
+    assert "the same command goes on" in capsys.readouterr().out
+
+
+def test_a_damaged_footprint_does_not_spoil_a_finished_training(tmp_path):
+    (tmp_path / "f.json").write_text("[]")
+    footprint.write_largest(tmp_path / "f.json", {"peak_rss_bytes": 5})
+    assert json.loads((tmp_path / "f.json").read_text()) == {"peak_rss_bytes": 5}

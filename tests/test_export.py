@@ -95,3 +95,9 @@ def test_mistakes_end_with_one_line(run, tmp_path, capsys):
     (other / "model_best.pth").write_bytes((run / "run" / "model_best.pth").read_bytes())
     assert "--evalmode dynamic" in refused(other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_ends_with_one_line(run, tmp_path, capsys):
+    with tiny.files_no_larger_than(10_000):
+        message = tiny.one_line_error(capsys, lambda: export.main([str(run / "run"), str(tmp_path / "out")]), code=1)
+    assert "step0.pt2: cannot be written" in message

@@ -5,16 +5,14 @@ import errno
 import json
 import os
 import pickle
-import resource
 import shutil
 import signal
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from tiny import command, differences, make_images, one_line_error, outcome, signal_at_step
+from tiny import command, differences, files_no_larger_than, make_images, one_line_error, outcome, signal_at_step
 
 import eval_cifar100
 import train_cifar100
@@ -180,18 +178,6 @@ def test_figures_remember_the_first_bad_step_of_each_exit():
 
 
 # Files that cannot be written or read.
-
-@contextmanager
-def files_no_larger_than(n_bytes: int):
-    """The system refuses to write beyond this size, as it refuses to write to a full disk."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
 
 def test_a_disk_that_fills_up_ends_training_with_path_and_reason_and_leaves_the_checkpoint(images, run, capsys):
     before = saved_files(run)

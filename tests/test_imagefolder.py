@@ -217,9 +217,22 @@ def test_results_count_the_images_that_could_be_read(damaged, tmp_path, capsys):
     assert json.loads((folder / "anytime.json").read_text())["n_test"] == 11 and "11 test images" in capsys.readouterr().out
 
 
+def test_a_bad_file_alone_in_its_batch_is_left_out_like_any_other(damaged, tmp_path):
+    flags = ("--dataset folder --image_size 224 --skip_unreadable --arch msdnet_ge --nBlocks 2 --base 1 --step 1 --nChannels 4 "
+             "--growthRate 2 --grFactor 1-1-1-1 --bnFactor 1-1-1-1 --batch-size 11 --epochs 8 --device cpu --threads 1 "
+             "--workers 0 --val_workers 0").split()   # the last of 12 images is alone, and 2 are bad
+    run = tmp_path / "run"
+    assert train_cifar100.main(["--data-root", str(damaged), "--result_dir", str(run), *flags]) == 0
+    assert sum(epoch["skipped_steps"] for epoch in json.loads((run / "results.json").read_text())["epochs"]) > 0
+    assert len(list(open_folder(damaged, batch_size=1, skip_unreadable=True).train(0))) == 12
+
+
 def test_batch_without_one_readable_image_is_an_error(damaged):
-    with pytest.raises(UserError, match="not one of the 1 images of a batch can be read"):
-        list(open_folder(damaged, batch_size=1, skip_unreadable=True).train(0))
+    for name in ("train/n01", "train/n02"):
+        for path in (damaged / name).iterdir():
+            path.write_bytes(b"")
+    with pytest.raises(UserError, match="not one of the 4 images of a batch can be read"):
+        list(open_folder(damaged, skip_unreadable=True).train(0))
 
 
 def test_files_are_listed_once_and_again_when_a_class_folder_changes(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from tiny import command, make_images, one_line_error
 
 import eval_cifar100
 import train_cifar100
-from utils import checkpoint, publish
+from utils import checkpoint, operating_points, publish
 from utils.plots import main as plots
 
 
@@ -122,9 +122,10 @@ def test_a_checkpoint_that_does_not_describe_itself_cannot_be_published(images, 
     assert "says nothing about its network" in message and not list(tmp_path.glob("published/*"))
 
 
-def test_no_flag_keeps_the_folder_of_the_runs_machine():
+def test_no_flag_keeps_the_folder_of_the_runs_machine(tmp_path):
     config = {name: f"/home/somebody/{name}" for name in ("data_root", "checkpoint", "teacher", "result_dir", "tensorboard_dir")}
-    assert publish.without_folders({"config": config})["config"] == {name: name for name in config}
+    (tmp_path / "results.json").write_text(json.dumps({"config": config}))
+    assert publish._read_results(tmp_path)["config"] == {name: name for name in config}
 
 
 def test_nothing_of_a_run_or_of_another_network_is_overwritten(images, run, published, tmp_path, capsys):
@@ -137,3 +138,45 @@ def test_nothing_of_a_run_or_of_another_network_is_overwritten(images, run, publ
     assert train_cifar100.main(command(images, tmp_path / "joint", "--method", "joint")) == 0
     assert "another method" in one_line_error(capsys, lambda: publish_to(published, tmp_path / "joint"))
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_nothing_of_anything_else_is_overwritten(images, run, published, tmp_path, capsys):
+    def publish_to(folder, source=run):
+        return eval_cifar100.main(["--data-root", str(images), "--evaluate-from", str(source / checkpoint.LATEST),
+                                   "--device", "cpu", "--publish", str(folder)])
+
+    for name in ("results.json", "anytime.json", "model_anytime.pth", "run.lock", "split.pth"):
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / name).write_bytes(b"{}")
+        one_line_error(capsys, lambda folder=folder: publish_to(folder))
+        assert [path.name for path in folder.iterdir()] == [name] and (folder / name).read_bytes() == b"{}"
+    assert train_cifar100.main(command(images, tmp_path / "other", "--lr_f", "0.01")) == 0
+    capsys.readouterr()
+    assert "of other flags" in one_line_error(capsys, lambda: publish_to(published, tmp_path / "other"))
+    assert publish_to(published) == 0   # its own run again
+
+
+@pytest.mark.parametrize("content", ["", "5", "[]", "{}", '{"config": null}', '{"config": {"result_dir": 5}}'])
+def test_a_damaged_results_file_is_found_before_anything_is_written(images, run, tmp_path, capsys, content):
+    source = tmp_path / "run"
+    source.mkdir()
+    (source / checkpoint.LATEST).write_bytes((run / checkpoint.LATEST).read_bytes())
+    (source / "results.json").write_text(content)
+    line = ["--data-root", str(images), "--evaluate-from", str(source / checkpoint.LATEST), "--device", "cpu",
+            "--publish", str(tmp_path / "published")]
+    assert "is not the results.json" in one_line_error(capsys, lambda: eval_cifar100.main(line))
+    assert not list(tmp_path.glob("published/*"))
+
+
+@pytest.mark.parametrize("macs", [5, None, [], ["x"], "reversed", [10**400]])
+def test_arrays_with_costs_that_make_no_sense_end_with_one_line(published, tmp_path, capsys, macs):
+    about, parts = publish.load_arrays(published / "arrays_dynamic.npz")
+    about["macs"] = about["macs"][::-1] if macs == "reversed" else macs
+    publish.save_arrays(tmp_path / "arrays_dynamic.npz", about, parts)
+    assert "does not hold what" in one_line_error(capsys, lambda: publish.main([str(tmp_path)]))
+
+
+def test_published_thresholds_are_those_of_the_published_weights(published):
+    saved = checkpoint.load(published / "model_dynamic.pth")
+    assert operating_points.stored(published, saved)

@@ -232,6 +232,20 @@ def test_temperatures_of_an_added_up_joint_model_come_from_the_command_line(imag
     assert "4 values for 3 exits" in message
 
 
+def test_a_network_boosted_with_temperature_zero_is_added_up_beside_its_own_reading(images, tmp_path, capsys):
+    assert train_cifar100.main(tiny.command(images, tmp_path, "--nBlocks", "3", "--ensemble_reweight", "0")) == 0
+    before = (tmp_path / "anytime.json").read_bytes()
+    for temperatures in ("0.5", "1"):
+        assert evaluate(images, tmp_path, "--ensemble", "boost", "--ensemble_reweight", temperatures) == 0
+    assert (tmp_path / "anytime.json").read_bytes() == before
+    for name, t in (("anytime_boost", 0.5), ("anytime_boost_t1", 1)):
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert (found["ensemble"], found["temperatures"]) == ("boost", [t] * 3)
+    own = tmp_path / "own"   # the way it was trained
+    assert evaluate(images, tmp_path, "--ensemble", "boost", "--ensemble_reweight", "0", into=own) == 0
+    assert json.loads((own / "anytime.json").read_text())["ensemble"] is None
+
+
 def test_a_boosted_model_added_up_is_as_it_was_trained(images, tmp_path):
     assert train_cifar100.main(tiny.command(images, tmp_path / "boost", "--epochs", "1")) == 0
     before = json.loads((tmp_path / "boost" / "anytime.json").read_text())

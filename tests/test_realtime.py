@@ -10,7 +10,7 @@ import torch
 
 import eval_cifar100
 import train_cifar100
-from utils import realtime
+from utils import checkpoint, operating_points, realtime
 from utils.inference import load_model, prepare_for_inference
 
 
@@ -126,3 +126,15 @@ def test_thresholds_of_another_checkpoint_are_not_used(images, run, tmp_path, ca
         "--data-root", str(tmp_path / "nowhere"), "--evaluate-from", str(folder / "model_best.pth"), "--device", "cpu",
         "--images", str(images / "test" / "class0" / "0.png")]))
     assert "nowhere" in message
+
+
+def test_thresholds_of_other_weights_are_not_taken(tmp_path):
+    weights = {"w": torch.zeros(2)}
+    curve = {"epoch": 1, "family": "eq9", "flat": False, "temperatures": [0.5, 0.5], "ensemble": None, "policy": "confidence",
+             "method": "boost", "config": {}, "split_hash": None, "macs": [1, 2],
+             "weights_hash": checkpoint.hash_weights(weights),
+             "points": [{"budget": 1.5, "test_top1": 50.0, "thresholds": [0.5, -1.0]}]}
+    (tmp_path / "dynamic.json").write_text(json.dumps(curve))
+    saved = {"epoch": 1, "temperatures": [0.5, 0.5], "method": "boost", "architecture": {}, "split": None, "state_dict": weights}
+    assert operating_points.stored(tmp_path, saved) == curve["points"]
+    assert operating_points.stored(tmp_path, {**saved, "state_dict": {"w": torch.ones(2)}}) == []

@@ -204,7 +204,32 @@ def test_settings_that_are_no_numbers_end_with_one_line(tmp_path, capsys, name):
     results = json.loads(path.read_text())
     results["config"][name] = "many"
     path.write_text(json.dumps(results))
-    assert f"{name} is not a whole number" in one_line_error(capsys, lambda: report.main([str(path.parent)]))
+    assert f"{name} cannot be 'many'" in one_line_error(capsys, lambda: report.main([str(path.parent)]))
+
+
+@pytest.mark.parametrize("path, value", [
+    ("config.arch", None), ("config.seed", float("inf")), ("processes", float("inf")), ("test.n_test", "60"),
+    ("test.dataset", []), ("config.ensemble_reweight", ["x"]), ("config.ensemble_reweight", []),
+    ("config.arch", []), ("test.macs", [10**400] * 10),
+    ("best_on_test", {"top1": [None] * 10}), ("test.top1", None), ("config.lr_f", "fast")])
+def test_results_that_make_no_sense_end_with_one_line(tmp_path, capsys, path, value):
+    file = write_run(tmp_path / "run") / "results.json"
+    results = json.loads(file.read_text())
+    *outer, name = path.split(".")
+    place = results
+    for key in outer:
+        place = place[key]
+    place[name] = value
+    file.write_text(json.dumps(results))
+    assert "is not the results.json of a run" in one_line_error(capsys, lambda: report.main([str(file.parent)]))
+
+
+def test_runs_on_other_data_are_not_averaged(tmp_path):
+    runs = [write_run(tmp_path / str(seed), flags=f"--seed {seed}") for seed in (0, 1)]
+    for run, data_hash in zip(runs, "ab"):
+        results = json.loads((run / "results.json").read_text())
+        (run / "results.json").write_text(json.dumps({**results, "data_hash": data_hash}))
+    assert not any("n = 2" in row for row in rows(report.report(runs), MSDNET))
 
 
 def test_the_same_run_twice_is_refused(tmp_path, capsys):

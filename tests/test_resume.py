@@ -244,6 +244,10 @@ def test_an_epoch_that_has_begun_counts_when_epochs_are_taken_back(images, tmp_p
     assert "has begun epoch 2" in one_line_error(capsys, lambda: train_cifar100.main(line))
 
 
+def saved_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".pth", ".json")}
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again_with_the_same_command(images, finished, tmp_path):
     line = command(images, tmp_path / "run", "--checkpoint", str(finished / checkpoint.BEST), "--epochs", "1")
     assert train_cifar100.main(line) == 0
@@ -266,6 +270,49 @@ def test_what_tensorboard_raises_costs_no_epoch(images, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         train_cifar100.main(command(images, tmp_path))
     assert checkpoint.load(tmp_path / checkpoint.LATEST)["epoch"] == 1 and (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("kept", [["results.json"], ["model_best.pth"]])
+def test_resume_never_trains_over_results_whose_checkpoint_is_gone(images, finished, tmp_path, capsys, kept):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in kept:
+        (folder / name).write_bytes((finished / name).read_bytes())
+    if "model_best.pth" in kept:   # of a later epoch; that of the first one may be all that a killed run has left
+        checkpoint.save(folder / "model_best.pth", {**checkpoint.load(finished / "model_best.pth"), "epoch": 2})
+    before = saved_files(folder)
+    message = one_line_error(capsys, lambda: train_cifar100.main(command(images, folder, "--resume", "--seed", "5")))
+    assert f"holds {kept[0]} of a run, but no checkpoint" in message
+    assert before.items() <= saved_files(folder).items()
+
+
+def test_a_first_epoch_killed_between_its_two_saves_is_repeated(images, finished, tmp_path):
+    first = tmp_path / "first"
+    assert train_cifar100.main(command(images, first, "--epochs", "1")) == 0
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "model_best.pth").write_bytes((first / "model_best.pth").read_bytes())
+    assert train_cifar100.main(command(images, again, "--epochs", "1", "--resume")) == 0
+    assert not list(differences(outcome(again), outcome(first)))
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda training: training["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(3)),
+    lambda training: training["optimizer"]["param_groups"][0].update(lr=None),
+    lambda training: training["optimizer"]["param_groups"][0].update(lr=float("inf")),
+    lambda training: training["figures"].pop("steps"),
+    lambda training: training["scheduler"].update(milestones=None),
+    lambda training: training["best"].pop("top1"),
+    lambda training: training["history"].append(torch.zeros(1)),
+])
+def test_a_training_state_that_makes_no_sense_ends_with_one_line(images, finished, tmp_path, capsys, spoil):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    saved = checkpoint.load(finished / checkpoint.LATEST)
+    spoil(saved["training"])
+    checkpoint.save(folder / checkpoint.LATEST, saved)
+    line = command(images, folder, "--resume", "--epochs", "3")
+    assert "cannot be resumed" in one_line_error(capsys, lambda: train_cifar100.main(line))
 
 
 @pytest.mark.parametrize("hold_out", [True, False])

@@ -1,6 +1,7 @@
 """Signals end a run between two steps with everything saved; only one run at a time writes a folder."""
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -128,11 +129,38 @@ def test_ctrl_c_in_a_pipeline_saves_though_the_reader_of_the_output_is_gone(imag
 
 
 def test_a_line_that_the_terminal_cannot_show_does_not_silence_it(tmp_path):
-    program = ("import logging; from utils.run import open_log; open_log(); log = logging.getLogger('boostnet'); "
-               "log.info('caf\\udce9'); log.info('a %d', 'x'); log.info('after')")
+    program = ("import logging; from utils.errors import user_errors; from utils.run import open_log\n"
+               "with user_errors():\n    open_log(); log = logging.getLogger('boostnet')\n"
+               "    log.info('caf\\udce9'); log.info('a %d', 'x'); log.info('after')")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
     assert done.returncode == 0 and done.stdout == "caf\\udce9\nafter\n"
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_before_the_first_step_gives_75_at_once_and_costs_nothing(images, tmp_path, monkeypatch, capfd, number):
+    def signal_now(*arguments, **options):
+        os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_cifar100, "build_data", signal_now)
+        with pytest.raises(SystemExit) as ended:
+            train_cifar100.main(command(images, tmp_path / "run"))
+    assert ended.value.code == STOPPED and f"{number.name}: stopped before the first step" in capfd.readouterr().err
+    assert train_cifar100.main(command(images, tmp_path / "run", "--epochs", "1")) == 0
+
+
+def test_results_are_there_though_nobody_reads_the_table(images, tmp_path):
+    line = [sys.executable, "train_cifar100.py", *command(images, tmp_path / "run", "--epochs", "1")]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.wait(60) == 0, process.stderr.read()
+    line = [sys.executable, "eval_cifar100.py", "--data-root", str(images), "--evalmode", "dynamic",
+            "--evaluate-from", str(tmp_path / "run/model_best.pth")]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.wait(60) == 0, process.stderr.read()
+    assert (tmp_path / "run/dynamic.json").exists() and "test" in json.loads((tmp_path / "run/results.json").read_text())
 
 
 def test_a_signal_to_the_whole_process_group_does_not_end_the_data_loaders(tmp_path):

@@ -73,7 +73,10 @@ def test_damaged_split_files_are_refused(tmp_path):
         {"valid_index": saved["valid_index"] + 40},  # beyond the data
         {"valid_index": saved["valid_index"][:9]},  # another hash
         {"valid_index": None},
+        {"valid_index": saved["valid_index"].to_sparse()},
         {"n_total": "many"},
+        {"n_total": float("inf")},
+        {"labels_hash": "\ud800"},
     ):
         with pytest.raises(UserError, match="damaged"):
             Split.from_dict(saved | change)

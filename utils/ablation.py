@@ -110,8 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with user_errors():
         folder = Path(args.folder)
+        output = Path(args.output or folder / "ablation.png")
+        if output.suffix != ".png":
+            raise UserError(f"--output {output}: the figure is a PNG file; give it a name that ends in .png")
         runs, left_out = read_runs(folder)
-        for line in [*left_out, *save(draw(runs), Path(args.output or folder / "ablation.png"))]:
+        for line in [*left_out, *save(draw(runs), output)]:
             print(line)
     return 0
 

@@ -65,7 +65,7 @@ class Normalise:
         """Contiguous whatever the layout of `images`."""
         normalised = torch.empty(images.shape, device=images.device)
         # Four passes over the pixels: on a CPU they are made over as many images at a time as its cache holds.
-        n = len(images) if images.is_cuda else CACHED_VALUES // images[0].numel() + 1
+        n = max(len(images), 1) if images.is_cuda else CACHED_VALUES // images.shape[1:].numel() + 1
         for source, target in zip(images.split(n), normalised.split(n)):
             target.copy_(source).div_(255).sub_(self.mean).div_(self.std)
         return normalised

@@ -1,6 +1,7 @@
 """What is known of each data set before it is opened, and of each training method. Loads nothing, for a fast command line."""
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import NamedTuple
 
 
@@ -78,7 +79,19 @@ METHODS = {
 }
 ARCHITECTURES = {"msdnet": "MSDNet without rescaling", "msdnet_ge": "MSDNet", "ranet": "RANet",
                  "ranet_ge": "RANet with rescaling"}
+# A mistyped number of blocks should be an error, not a machine that swaps. The largest published network has 160.
+MAX_LAYERS = 1000
 METHOD_ALIASES = {"conventional": "joint"}
+
+
+def n_layers(args: Namespace) -> int:
+    """Layers of the MSDNet of these flags, or of all sub-networks of the RANet."""
+    if args.arch.startswith("msdnet"):
+        later = args.nBlocks - 1
+        growing = args.step * args.nBlocks * later // 2 + later
+        return args.base + (args.step * later if args.stepmode == "even" else growing)
+    blocks = [args.nBlocks + args.block_step * s for s in range(len(args.scale_list))]
+    return args.step * sum(n if args.stepmode == "even" else n * (n + 1) // 2 for n in blocks)
 
 
 def arch_title(arch: str) -> str:

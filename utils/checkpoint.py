@@ -24,7 +24,10 @@ from utils.files import TEMPORARY, atomic_write, to_disk
 FORMAT = 1
 LATEST, BEST, PREVIOUS, DAMAGED = "model_latest.pth", "model_best.pth", "model_previous.pth", "model_damaged.pth"
 TEST_BEST = "model_test_best.pth"   # by --paper_protocol only
+NAMES = LATEST, BEST, PREVIOUS, DAMAGED, TEST_BEST
 
+# Of weights, and of the counters of batch normalisation.
+WEIGHT_TYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32}
 # What is beside the weights in a checkpoint of this project, and under `training` in one that a run can go on from.
 CONTENT = {"architecture": dict, "dataset": str, "class_names": list, "method": str, "temperatures": list,
            "trainable_ensemble": bool, "split": (dict, type(None)), "epoch": int, "epoch_kind": str}
@@ -113,7 +116,7 @@ def load(path: str | Path) -> dict[str, Any]:
         weights = weights["model"]
     if not isinstance(weights, dict) or not weights or not all(map(_is_weight, weights.items())):
         raise UserError(f"{path} is not a checkpoint: expected a dict with the weights under 'state_dict'")
-    if content.get("format", FORMAT) != FORMAT:
+    if type(content.get("format", FORMAT)) is not int or content.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path} has format {content['format']}, this version reads format {FORMAT}; use the version it is from")
     if "format" in content or "architecture" in content:   # the released files say nothing about themselves
         _check(content, CONTENT, f"{path} is not a checkpoint of this project")
@@ -123,7 +126,7 @@ def load(path: str | Path) -> dict[str, Any]:
 def _is_weight(entry: tuple[Any, Any]) -> bool:
     name, tensor = entry
     return (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
-            and tensor.device.type == "cpu" and not tensor.is_complex())
+            and tensor.device.type == "cpu" and tensor.dtype in WEIGHT_TYPES)
 
 
 def _check(content: Any, expected: dict[str, Any], complaint: str) -> None:

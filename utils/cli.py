@@ -124,6 +124,14 @@ def rising(values: Sequence[float]) -> list[float]:
     return [after - before for before, after in zip(values[:-1], values[1:], strict=True)]
 
 
+def is_text(text: str) -> bool:
+    """Whether every byte of `text` was part of a character."""
+    try:
+        return bool(text.encode())
+    except UnicodeError:
+        return False
+
+
 def is_path(text: str) -> bool:
     """Whether the system can take `text` as a path."""
     try:

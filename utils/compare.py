@@ -29,8 +29,9 @@ from utils.errors import FAILURE, STOPPED, UserError, user_errors
 from utils.figures import save
 from utils.files import atomic_write
 from utils.flags import build_parser
-from utils.result_files import stem
-from utils.run import RESULTS
+from utils.result_files import read_file, stem
+from utils.run import RESULTS, say
+from utils.signals import SIGNALS
 
 ROOT = Path(__file__).parent.parent
 COMMAND = "command.json"
@@ -96,7 +97,7 @@ def train(method: str, folder: Path, flags: Sequence[str]) -> None:
     """
     run, recipe = folder / method, recipe_of(method)
     command = flags_of(method, flags)
-    if _content(run / COMMAND) == command and "test" in (_content(run / RESULTS) or {}):
+    if _json(run / COMMAND) == command and "test" in _content(run / RESULTS):
         return
     run.mkdir(parents=True, exist_ok=True)
     start = ["--resume"]
@@ -142,8 +143,9 @@ def readings(method: str, folder: Path, temperatures: Sequence[float]) -> list[d
 def evaluate(method: str, folder: Path, flags: Sequence[str], temperatures: Sequence[float]) -> None:
     """Write the evaluation files of one method that are missing, older than its checkpoint, or of other flags."""
     checkpoint = folder / method / LATEST
-    epoch = ((_content(folder / method / RESULTS) or {}).get("test") or {}).get("epoch")
-    for reading in readings(method, folder, temperatures):
+    found = readings(method, folder, temperatures)
+    epoch = _content(folder / method / RESULTS)["test"].get("epoch")
+    for reading in found:
         ensemble = reading.get("ensemble")
         how = ["--ensemble", ensemble] if ensemble else []
         how += ["--ensemble_reweight", ",".join(map(str, temperatures))] if ensemble == "boost" else []
@@ -156,19 +158,28 @@ def evaluate(method: str, folder: Path, flags: Sequence[str], temperatures: Sequ
 
 def _is_usual(path: Path, ensemble: str | None, epoch: int | None) -> bool:
     """Whether an evaluation file is what this program would write: somebody may have evaluated here with other flags."""
-    content = _content(path)
-    if not isinstance(content, dict) or content.get("ensemble") != ensemble or content.get("epoch") != epoch:
+    try:
+        content = read_file(path)
+    except UserError:
         return False
-    return "points" not in content or (content.get("family") == "eq9" and len(content["points"]) == N_BUDGETS
-                                       and not content.get("flat") and not content.get("augmented_hold_out"))
+    if content.get("ensemble") != ensemble or content.get("epoch") != epoch:
+        return False
+    return "points" not in content or (content["family"] == "eq9" and len(content["points"]) == N_BUDGETS
+                                       and not content["flat"] and not content.get("augmented_hold_out"))
 
 
-def _content(path: Path):
+def _json(path: Path) -> Any:
     """Content of a JSON file; None where there is none."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """The same of a file that holds names and values; {} where it is something else."""
+    content = _json(path)
+    return content if isinstance(content, dict) else {}
 
 
 def _call(command: Sequence[str], *, quiet: bool = False) -> None:
@@ -184,12 +195,11 @@ def _call(command: Sequence[str], *, quiet: bool = False) -> None:
 
 @contextmanager
 def _passed_on(child: subprocess.Popen) -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.signal(number, lambda received, frame: child.send_signal(received)) for number in numbers]
+    before = [signal.signal(number, lambda received, frame: child.send_signal(received)) for number in SIGNALS]
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before):
+        for number, handler in zip(SIGNALS, before):
             signal.signal(number, handler)
 
 
@@ -254,8 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 done.append(method)
             except Failed as error:
                 if error.code != FAILURE:   # a mistake would meet the other methods too, and a signal meant all
-                    if error.code == STOPPED:
-                        print("stopped; the same command goes on from there", flush=True)
+                    if error.code in (STOPPED, *(-number for number in SIGNALS)):   # in mid-training, or in evaluation
+                        say("stopped; the same command goes on from there")
+                        return STOPPED
                     return error.code if error.code > 0 else FAILURE
                 failed.append(method)
         if not done:
@@ -270,13 +281,10 @@ def report(folder: Path, methods: Sequence[str], failed: Sequence[str], temperat
     names = method_names()
     rows = [read_row(folder / method, reading, after=_after(folder, method), colour=names.index(method), line=line)
             for method in methods for line, reading in enumerate(readings(method, folder, temperatures))]
-    print("\n" + text(rows))
-    if failed:
-        print(f"failed, see above, and not in the table: {', '.join(failed)}")
     with atomic_write(folder / "compare.md") as file:
         file.write(markdown(rows).encode())
-    for path in [folder / "compare.md", *save(draw(rows), folder / "compare", svg=svg)]:
-        print(path)
+    files = [folder / "compare.md", *save(draw(rows), folder / "compare", svg=svg)]
+    say("\n" + text(rows), *([f"failed, see above, and not in the table: {', '.join(failed)}"] if failed else []), *files)
 
 
 def _after(folder: Path, method: str) -> Path | None:

@@ -12,7 +12,7 @@ from utils.catalog import method_title, title_of
 from utils.errors import UserError
 from utils.figures import COLOURS, INK, LINES, MARKERS, MILLIONS, TOP1, dress, new_figure, plain
 from utils.reading import reading_words
-from utils.result_files import stem
+from utils.result_files import read_file, stem
 from utils.run import RESULTS
 from utils.tables import format_table, millions
 
@@ -72,17 +72,20 @@ def read_row(run: Path, reading: Mapping[str, Any], *, after: Path | None = None
     Raises:
         UserError: when a file is missing or damaged.
     """
-    anytime, dynamic = (_read(run / f"{stem(mode, reading)}.json") for mode in ("anytime", "dynamic"))
+    anytime, dynamic = (read_file(run / f"{stem(mode, reading)}.json") for mode in ("anytime", "dynamic"))
     trained, footprint = _read(run / RESULTS), _read(run / FOOTPRINT)
     try:
         train_s = memory = None
         if not reading:
             folders = [run, *([after] if after else [])]
-            train_s = sum(epoch["seconds"] for folder in folders for epoch in _read(folder / RESULTS)["epochs"])
-            memory = max(peak["peak_cuda_bytes"] or peak["peak_rss_bytes"] for peak in (_read(f / FOOTPRINT) for f in folders))
+            train_s = sum(float(epoch["seconds"]) for folder in folders for epoch in _read(folder / RESULTS)["epochs"])
+            peaks = [_read(folder / FOOTPRINT) for folder in folders]
+            memory = max(int(peak["peak_cuda_bytes"] or peak["peak_rss_bytes"]) for peak in peaks)
+        versions = {**trained["versions"], "threads": int(trained["versions"]["threads"])}
+        anytime["n_valid"] = int(anytime["n_valid"])
         return Row(anytime, dynamic, colour, line, train_s, memory, footprint["peak_cuda_bytes"] > 0, len(trained["epochs"]),
-                   trained["config"]["seed"], trained["versions"])
-    except (KeyError, TypeError, AttributeError) as error:
+                   int(trained["config"]["seed"]), {name: versions[name] for name in ("device", "threads", "torch")})
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise UserError(f"{run}: {RESULTS} or {FOOTPRINT} is of something else ({type(error).__name__} {error}); train this run "
                         "again") from error
 
@@ -90,7 +93,7 @@ def read_row(run: Path, reading: Mapping[str, Any], *, after: Path | None = None
 def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is missing or damaged ({error}); train and evaluate this run again") from error
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.distributed import gather_samples, of_all_ranks, rank, sum_over_ranks
-from utils.errors import TrainingDiverged
+from utils.distributed import gather_samples, of_all_ranks, rank, sum_over_ranks, world_size
+from utils.errors import TrainingDiverged, UserError
 from utils.methods import Method
 from utils.reading import Measure, confidence
 
@@ -94,7 +94,9 @@ def train_epoch(method: Method, batches: Iterable, figures: EpochFigures, *, aft
     """
     method.network.train()
     for batch in batches:
-        outcome = method.step(*batch)
+        if not len(batch[1]) and world_size() > 1:   # the others would wait for its gradients
+            raise UserError("a process has a batch without an image that can be read, see above; remove such files")
+        outcome = method.step(*batch) if len(batch[1]) else None
         if outcome is None:
             figures.skip()
         else:
@@ -140,6 +142,8 @@ def predict(model: nn.Module, batches, measure: Measure = confidence) -> Predict
     certainty, correct = [torch.empty(n_exits, 0, device=device)], [torch.empty(n_exits, 0, dtype=torch.bool, device=device)]
     top5 = torch.zeros(n_exits, dtype=torch.int64, device=device)
     for images, labels, _ in batches:
+        if not len(labels):   # its images could not be read
+            continue
         all_logits = torch.stack([p.float() for p in model(images)])
         certainty.append(measure(all_logits))
         correct.append(all_logits.argmax(dim=2) == labels)

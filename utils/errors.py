@@ -31,6 +31,8 @@ class TrainingDiverged(RuntimeError):
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turn what users and machines do wrong into one line on stderr and an exit code; everything else is a bug and shows."""
+    if hasattr(sys.stdout, "reconfigure"):   # the name of a file may hold what the terminal's encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except (UserError, FileNotFoundError) as error:

@@ -15,6 +15,7 @@ from adaptive_inference import budget_curve, flatten, patience_curve, released_c
 from models import BoostedNet
 from op_counter import measure_model
 from utils import distributed
+from utils.checkpoint import hash_weights
 from utils.engine import predict
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -24,7 +25,7 @@ from utils.reading import POLICIES, describe, read_exits
 from utils.realtime import evaluate_realtime
 from utils.restore import identify, restore
 from utils.result_files import FAMILIES, stem
-from utils.run import write_json
+from utils.run import say, write_json
 from utils.tables import format_table, millions
 
 # A hold-out mean cost further than this from its budget is pointed out.
@@ -76,8 +77,8 @@ def header(saved: dict[str, Any], folder: Path, model: BoostedNet, data, *, ense
     return {"format": 1, "name": folder.resolve().name, "dataset": saved["dataset"], "method": saved["method"],
             "arch": saved["architecture"]["arch"], "config": saved["architecture"], "ensemble": ensemble, "policy": policy,
             "temperatures": list(model.temperatures), "epoch": saved.get("epoch"), "epoch_kind": saved.get("epoch_kind"),
-            "split_hash": split["hash"] if split else None, "n_valid": data.n_valid, "n_test": data.n_test, "macs": macs,
-            "params": params}
+            "weights_hash": hash_weights(saved["state_dict"]), "split_hash": split["hash"] if split else None,
+            "n_valid": data.n_valid, "n_test": data.n_test, "macs": macs, "params": params}
 
 
 def evaluate_anytime(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], suffix: str = "") -> dict[str, Any]:
@@ -94,14 +95,14 @@ def evaluate_anytime(model: BoostedNet, data, folder: Path, *, about: dict[str, 
     if not distributed.is_main():
         return result
     rows = list(zip(about["macs"], about["params"], result["top1"], result["top5"], strict=True))
-    print(format_table(["exit", "10^6 MACs", "10^6 params", "top-1 %", "top-5 %"],
-                       [[n + 1, millions(macs), f"{params / 1e6:.3f}", f"{top1:.2f}", f"{top5:.2f}"]
-                        for n, (macs, params, top1, top5) in enumerate(rows)],
-                       title=f"\nAnytime prediction: {_describe(about)}, {result['n_test']} test images"))
     name = stem("anytime", result, suffix)
     _write_columns(folder / f"any{name.removeprefix('anytime')}.txt", rows)
     _write_costs(folder, about["macs"])
     write_json(folder / f"{name}.json", result)
+    say(format_table(["exit", "10^6 MACs", "10^6 params", "top-1 %", "top-5 %"],
+                     [[n + 1, millions(macs), f"{params / 1e6:.3f}", f"{top1:.2f}", f"{top5:.2f}"]
+                      for n, (macs, params, top1, top5) in enumerate(rows)],
+                     title=f"\nAnytime prediction: {_describe(about)}, {result['n_test']} test images"))
     return result
 
 
@@ -158,7 +159,11 @@ def evaluate_patience(model: BoostedNet, data, folder: Path, *, about: dict[str,
 
 
 def _report_budgeted(result: dict[str, Any], folder: Path, suffix: str) -> None:
-    """Print the table of a curve and write its files."""
+    """Write the files of a curve and print its table."""
+    name = stem("dynamic", result, suffix)
+    _write_columns(folder / f"{name}.txt", [(point["test_mean_macs"], point["test_top1"]) for point in result["points"]])
+    _write_costs(folder, result["macs"])
+    write_json(folder / f"{name}.json", result)
     family = FAMILIES[result["family"]]
     augmented = " with training augmentation" if result["augmented_hold_out"] else ""
     rows = []
@@ -167,15 +172,11 @@ def _report_budgeted(result: dict[str, Any], folder: Path, suffix: str) -> None:
         rows.append([family.show(point[family.key]), millions(point["valid_mean_macs"]), millions(point["test_mean_macs"]),
                      f"{point['valid_top1']:.2f}", f"{point['test_top1']:.2f}", shares])
     fitted = "thresholds from " if result["family"] != "patience" else ""
-    print(format_table([family.column, "hold-out MACs", "test MACs", "hold-out top-1", "test top-1",
-                        "test exits, %"], rows,
-                       title=f"\nBudgeted batch, {family.title}{', flat curve' if result['flat'] else ''}: {_describe(result)}\n"
-                             f"{fitted}{result['n_valid']} held-out images{augmented}, {result['n_test']} test images, "
-                             "10^6 MACs per image"))
-    name = stem("dynamic", result, suffix)
-    _write_columns(folder / f"{name}.txt", [(point["test_mean_macs"], point["test_top1"]) for point in result["points"]])
-    _write_costs(folder, result["macs"])
-    write_json(folder / f"{name}.json", result)
+    say(format_table([family.column, "hold-out MACs", "test MACs", "hold-out top-1", "test top-1",
+                      "test exits, %"], rows,
+                     title=f"\nBudgeted batch, {family.title}{', flat curve' if result['flat'] else ''}: {_describe(result)}\n"
+                           f"{fitted}{result['n_valid']} held-out images{augmented}, {result['n_test']} test images, "
+                           "10^6 MACs per image"))
 
 
 def _warn_of_missed_budgets(points: Sequence[dict[str, Any]], n_valid: int) -> None:
@@ -183,7 +184,7 @@ def _warn_of_missed_budgets(points: Sequence[dict[str, Any]], n_valid: int) -> N
     misses = {point["budget"]: point["valid_mean_macs"] / point["budget"] - 1 for point in points}
     missed = [f"{millions(budget)} ({100 * miss:+.1f} %)" for budget, miss in misses.items() if abs(miss) > MISSED_BUDGET]
     if missed:
-        print(f"warning: thresholds from {n_valid} held-out images do not meet these budgets more closely: {', '.join(missed)}")
+        say(f"warning: thresholds from {n_valid} held-out images do not meet these budgets more closely: {', '.join(missed)}")
 
 
 def _describe(about: dict[str, Any]) -> str:

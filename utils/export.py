@@ -10,6 +10,7 @@ and then the features that the next one needs, and the next one takes exactly wh
 from __future__ import annotations
 
 import copy
+import io
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -51,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     side = saved["architecture"]["image_size"]
     names = [f"step{n}.pt2" for n in range(model.n_exits)]
     for n, (name, program) in enumerate(zip(names, export_steps(model, side))):
+        whole = io.BytesIO()   # a full disk would end the process in the middle of torch's own writing
+        torch.export.save(program, whole)
         with atomic_write(out / name) as file:
-            torch.export.save(program, file)
+            file.write(whole.getbuffer())
         print(f"{out / name}: exit {n + 1} of {model.n_exits}, {(out / name).stat().st_size / 1e6:.2f} MB", flush=True)
     write_json(out / ABOUT, describe(model, saved, names, points))
     print(f"{out / ABOUT}: thresholds of {len(points)} budgets, costs, class names")

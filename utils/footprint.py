@@ -41,7 +41,10 @@ def peak_cuda_bytes() -> int:
 
 def write_largest(path: Path, figures: dict[str, int]) -> None:
     """Write figures as JSON, each no smaller than the file says already."""
-    before = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        before = {name: int(value) for name, value in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError):   # none yet, or damaged
+        before = {}
     whole = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     whole.write_text(json.dumps({name: max(value, before.get(name, 0)) for name, value in figures.items()}) + "\n")
     whole.replace(path)

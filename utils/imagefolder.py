@@ -126,6 +126,7 @@ class FolderImages:
                 self.unreadable.add(position)
                 logger.warning("%s cannot be read as an image and is left out (%s); %d so far", path, message,
                                len(self.unreadable))
-        if not len(crops.index):
+        # A bad file that was alone in its batch is nothing unusual; a batch of bad files is a folder that has gone.
+        if not len(crops.index) and len(crops.failures) > 1:
             raise UserError(f"not one of the {len(crops.failures)} images of a batch can be read; the first is "
                             f"{self.listing.path(crops.failures[0][0])}")

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from adaptive_inference import exit_shares, fit_thresholds, solve_exit_rate
+from utils.checkpoint import hash_weights
 from utils.errors import UserError
 from utils.result_files import stem
 
@@ -66,7 +66,9 @@ def stored(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperature
         raise UserError(f"{path} is damaged ({error}); evaluate with --evalmode dynamic again") from error
     split = saved.get("split")
     trained = {"method": saved.get("method"), "config": saved.get("architecture")}
-    same = (curve.get("epoch") == saved.get("epoch") and all(curve.get(name, how) == how for name, how in read.items())
+    weights = curve.get("weights_hash")   # older files have none
+    same = (weights in (None, hash_weights(saved["state_dict"])) and curve.get("epoch") == saved.get("epoch")
+            and all(curve.get(name, how) == how for name, how in read.items())
             and all(how is None or curve.get(name) == how for name, how in trained.items())
             and curve.get("split_hash") == (split["hash"] if split else None))
     return curve["points"] if same and curve.get("family") == "eq9" and not curve.get("flat") else []
@@ -84,7 +86,7 @@ def _check_curve(curve: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -1e30 < value < 1e30
 
 
 def choose(points: Sequence[dict[str, Any]], costs: Sequence[float], budget: float | None) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,15 +21,18 @@ from torch import Tensor
 
 from adaptive_inference import budget_curve, released_curve
 from models import BoostedNet
-from utils import checkpoint, distributed
+from utils import checkpoint, distributed, lock
 from utils.cli import OneLineParser
 from utils.engine import Predictions, predict
 from utils.errors import UserError, user_errors
 from utils.files import atomic_write
 from utils.operating_points import finite, require_hold_out
-from utils.run import RESULTS, write_json
+from utils.result_files import is_list_of, is_number
+from utils.run import RESULTS, SPLIT, say, write_json
 from utils.tables import format_table
 
+KINDS = ("anytime", "dynamic")
+CURVES = ("anytime", "dynamic", "dynamic_released")   # files that are drawn from the arrays
 # Flags that say where things lie on the machine of the run.
 PATHS = ("result_dir", "tensorboard_dir", "data_root", "checkpoint", "teacher")
 
@@ -75,7 +79,8 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
     """
     if "architecture" not in saved:   # a file that no program here could read again
         raise UserError("--publish is for checkpoints of training runs here; this one says nothing about its network")
-    _require_own_folder(folder, about)
+    results = _read_results(source)
+    _require_own_folder(folder, about, results)
     if dynamic:
         require_hold_out(data)
     full = predict(model, data.test())
@@ -84,6 +89,7 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
     model.backbone.load_state_dict(content["state_dict"])
     rounded = predict(model, data.test())
     parts = {"test": Arrays.of(rounded)} | ({"valid": Arrays.of(predict(model, data.valid()))} if dynamic else {})
+    about = about | {"weights_hash": checkpoint.hash_weights(content["state_dict"])}   # those that are published
     judged = {f"n_{name}": part.correct.shape[1] for name, part in parts.items()}
     about = {**about, **judged, "precision": "half", "top1_float32": full.top1, "top5": rounded.top5.tolist()}
     kind = "dynamic" if dynamic else "anytime"
@@ -91,30 +97,46 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
         return
     checkpoint.save(folder / f"model_{kind}.pth", content)
     save_arrays(folder / f"arrays_{kind}.npz", about, parts)
-    if (source / RESULTS).is_file() and source.resolve() != folder.resolve():
-        write_json(folder / RESULTS, without_folders(json.loads((source / RESULTS).read_text())))
+    if results:
+        write_json(folder / RESULTS, results)
     redraw(folder, kind)
     changed = (full.correct != rounded.correct).sum(dim=1).tolist()
-    print(format_table(["exit", "float32 top-1 %", "half top-1 %", "answers changed"],
-                       [[n + 1, f"{a:.2f}", f"{b:.2f}", c] for n, (a, b, c) in enumerate(zip(full.top1, rounded.top1, changed))],
-                       title=f"\n{folder}: {rounded.n_samples} test images; an answer changed where it became right or wrong"))
+    say(format_table(["exit", "float32 top-1 %", "half top-1 %", "answers changed"],
+                     [[n + 1, f"{a:.2f}", f"{b:.2f}", c] for n, (a, b, c) in enumerate(zip(full.top1, rounded.top1, changed))],
+                     title=f"\n{folder}: {rounded.n_samples} test images; an answer changed where it became right or wrong"))
 
 
-def _require_own_folder(folder: Path, about: dict[str, Any]) -> None:
-    """Refuse a folder where files of a run, or of another published network, would be overwritten or mixed up with these."""
-    if any((folder / name).exists() for name in (checkpoint.LATEST, checkpoint.BEST)):
+def _read_results(run: Path) -> dict[str, Any] | None:
+    """results.json of a run as it is published: with the names of folders in place of their paths, which are nobody's concern."""
+    path = run / RESULTS
+    if not path.exists():
+        return None
+    try:
+        results = json.loads(path.read_text())
+        config = {name: Path(value).name if name in PATHS and value else value for name, value in results["config"].items()}
+        return {**results, "config": config}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not the {RESULTS} of a run ({type(error).__name__} {error}); put it right or away") from error
+
+
+def _require_own_folder(folder: Path, about: dict[str, Any], results: dict[str, Any] | None) -> None:
+    """Refuse a folder where files of a run, or of anything else, would be overwritten or mixed up with what is published."""
+    if any((folder / name).exists() for name in (*checkpoint.NAMES, SPLIT, lock.NAME)):
         raise UserError(f"{folder} holds a run, whose evaluation files would be overwritten; name another folder for --publish")
-    for path in sorted(folder.glob("arrays_*.npz")):
-        there = load_arrays(path)[0]
-        other = [name for name in ("dataset", "method", "config", "temperatures", "split_hash") if there.get(name) != about[name]]
+    ours = [*(f"{part}_{kind}" for part, kind in product(("model", "arrays"), KINDS)), *CURVES]
+    there = [path for path in folder.glob("*")
+             if path.stem in (*ours, Path(RESULTS).stem) and path.suffix in (".json", ".pth", ".npz")]
+    arrays = [path for path in there if path.name.startswith("arrays_")]
+    if there and not arrays:
+        raise UserError(f"{there[0]} is of something else and would be overwritten; name a new folder for --publish")
+    for path in arrays:
+        before = load_arrays(path)[0]
+        named = ("dataset", "method", "config", "temperatures", "split_hash")
+        other = [name for name in named if before.get(name) != about[name]]
         if other:
             raise UserError(f"{folder} holds another published network, with another {other[0]}; name a new folder for --publish")
-
-
-def without_folders(results: dict[str, Any]) -> dict[str, Any]:
-    """results.json with the names of folders in place of their paths, which are nobody's concern."""
-    config = {name: Path(value).name if name in PATHS and value else value for name, value in results["config"].items()}
-    return {**results, "config": config}
+    if arrays and (_read_results(folder) or {}).get("config") != (results or {}).get("config"):
+        raise UserError(f"{folder} holds another published run, of other flags; name a new folder for --publish")
 
 
 def save_arrays(path: Path, about: dict[str, Any], parts: dict[str, Arrays]) -> None:
@@ -151,7 +173,9 @@ def redraw(folder: Path, kind: str) -> list[Path]:
     about, parts = load_arrays(path)
     needed = {"test"} if kind == "anytime" else {"test", "valid"}
     n_exits = {len(part) for arrays in parts.values() for part in arrays}
-    if parts.keys() != needed or n_exits != {len(about.get("macs") or ())} or "top5" not in about:
+    macs = about.get("macs")
+    drawable = is_list_of(is_number, macs) and all(a < b for a, b in pairwise(macs)) and n_exits == {len(macs)}
+    if parts.keys() != needed or not drawable or "top5" not in about:
         raise UserError(f"{path} does not hold what {kind} curves are drawn from")
     test = parts["test"]
     top5 = about.pop("top5")
@@ -174,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with user_errors():
         for folder in map(Path, args.folders):
-            kinds = [kind for kind in ("anytime", "dynamic") if (folder / f"arrays_{kind}.npz").is_file()]
+            kinds = [kind for kind in KINDS if (folder / f"arrays_{kind}.npz").is_file()]
             if not kinds:
                 raise UserError(f"{folder} has no arrays_anytime.npz or arrays_dynamic.npz; evaluation with --publish "
                                 "writes them")

@@ -91,4 +91,4 @@ def unusual_temperatures(about: Mapping[str, Any]) -> str | None:
     used = dict.fromkeys(about.get("temperatures", [])[1:])   # t_1 has nothing to reweight
     if about.get("ensemble") != "boost" or used.keys() <= {TEMPERATURE}:
         return None
-    return "-".join(f"{t:g}" for t in (used if len(used) == 1 else about["temperatures"][1:]))
+    return "-".join(f"{t:.12g}" for t in (used if len(used) == 1 else about["temperatures"][1:]))

@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.inference import exit_times, prepare_for_inference
 from utils.reading import POLICIES, describe
 from utils.result_files import stem
-from utils.run import versions, write_json
+from utils.run import say, versions, write_json
 from utils.tables import format_table, millions
 
 REPEATS = 7
@@ -61,8 +61,8 @@ def evaluate_realtime(model: BoostedNet, data, folder: Path, *, about: dict[str,
     about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
     result = {**about, "cost": cost, "batch_size": len(next(iter(data.test())).images), "latency_ms": latency_ms.tolist(),
               "versions": versions(next(model.parameters()).device), "points": points}
-    _print(result)
     write_json(folder / f"{stem('realtime', result, suffix)}.json", result)
+    _print(result)
     return result
 
 
@@ -119,8 +119,8 @@ def _print(result: dict[str, Any]) -> None:
              f"images in batches of {result['batch_size']}, 10^6 MACs and ms per image\n"
              f"{machine['device']}, {machine['threads']} CPU threads, torch {machine['torch']}; to reach each exit "
              f"{' '.join(f'{ms:.3g}' for ms in result['latency_ms'])} ms per image")
-    print(format_table([f"budget, {unit}", f"hold-out {unit}", "test MACs", "simulated", "top-1", "simulated", "wall s",
-                        "ms/image", "predicted", "differ", "exits, %"], rows, title=title))
+    say(format_table([f"budget, {unit}", f"hold-out {unit}", "test MACs", "simulated", "top-1", "simulated", "wall s",
+                      "ms/image", "predicted", "differ", "exits, %"], rows, title=title))
     n_differ, near = (sum(point[name] for point in points) for name in ("n_differ", "n_differ_by_rounding"))
-    print(f"{n_differ} of {result['n_test'] * len(points)} answers differ from the simulation, {near} of them where a confidence "
-          f"lies within {ROUNDING:g} of its threshold")
+    say(f"{n_differ} of {result['n_test'] * len(points)} answers differ from the simulation, {near} of them where a confidence "
+        f"lies within {ROUNDING:g} of its threshold")

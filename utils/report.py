@@ -23,7 +23,7 @@ from utils.cli import OneLineParser
 from utils.errors import UserError, user_errors
 from utils.flags import FREE_ON_RESUME, NETWORK, build_parser
 from utils.reading import reading_words
-from utils.result_files import FAMILIES, read_results
+from utils.result_files import FAMILIES, FIELDS, HEADER, has, is_list_of, is_number, read_results
 from utils.run import RESULTS
 from utils.tables import Table, millions
 
@@ -31,6 +31,9 @@ NOT_RUN = "not run"
 # How a run was judged, and what chance decided, make no other training.
 NOT_TRAINING = FREE_ON_RESUME - {"checkpoint", "start_epoch"} | {"seed", "paper_protocol"}
 MOST_BUDGETS = 8
+# What the tables need of the test figures in results.json.
+TEST = {**{name: HEADER[name] for name in ("dataset", "method", "arch", "config", "n_test", "macs")},
+        "top1": FIELDS["anytime"]["top1"], "epoch": is_number}
 
 
 @dataclass
@@ -39,7 +42,7 @@ class Run:
 
     Attributes:
         settings: flags that make the training, by dest name, but not its seed; None for one without effect.
-        n_train: training images; None in files of an older version.
+        n_train, data_hash: training images, and what the data are; None in files of an older version.
         test: content of its anytime file of the last epoch.
         on_test: (n_exits,) top-1 in the epoch that the test set likes best; None without --paper_protocol.
     """
@@ -50,6 +53,7 @@ class Run:
     processes: int
     n_train: int | None
     split_hash: str | None
+    data_hash: str | None
     test: dict[str, Any]
     on_test: list[float] | None
 
@@ -80,21 +84,34 @@ def read_run(folder: Path) -> Run | None:
             return None
         defaults = vars(build_parser().parse_args([]))
         settings = {name: config.get(name, default) for name, default in defaults.items() if name not in NOT_TRAINING}
+        for name, value in settings.items():
+            if not _is_setting(value, defaults[name]):
+                raise ValueError(f"{name} cannot be {value!r}")
         if not METHODS[test["method"]].boosted:   # temperatures are 0 whatever the flag says
             settings["ensemble_reweight"] = None
-        for name in ("epochs", "batch_size"):
-            if type(settings[name]) is not int:
-                raise ValueError(f"{name} is not a whole number")
+        if not has(TEST, test):
+            raise ValueError("its test figures are incomplete")
+        on_test = results["best_on_test"]["top1"] if "best_on_test" in results else None
         run = Run(folder, int(config["seed"]), settings, int(results.get("processes", 1)), results.get("n_train"),
-                  results["split_hash"],
-                  {name: test[name] for name in ("dataset", "method", "arch", "config", "n_test", "macs", "top1", "epoch")},
-                  results["best_on_test"]["top1"] if "best_on_test" in results else None)
-        lengths = {len(run.test["macs"]), len(run.test["top1"]), len(run.on_test or run.test["top1"])}
-        if len(lengths) > 1 or not all(isinstance(x, (int, float)) for x in (*run.test["top1"], *run.test["macs"])):
+                  results["split_hash"], results.get("data_hash"), {name: test[name] for name in TEST}, on_test)
+        if not len(run.test["macs"]) == len(run.test["top1"]) == len(on_test or run.test["top1"]):
             raise ValueError("its figures are not one number for each exit")
+        if on_test and not is_list_of(is_number, on_test):
+            raise ValueError("its best epoch has no accuracies")
         return run
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is not the {RESULTS} of a run: {type(error).__name__} {error}") from error
+
+
+def _is_setting(value: Any, default: Any) -> bool:
+    """Whether a flag of results.json can have had this value."""
+    if default is None:
+        return value is None or isinstance(value, (str, int, float, list))
+    if isinstance(default, list):
+        return is_list_of(is_number, value)
+    number = (int, float) if isinstance(default, float) else int
+    return type(value) is type(default) or (type(default) in (int, float) and isinstance(value, number)
+                                            and not isinstance(value, bool))
 
 
 def seeds_together(runs: Sequence[Run]) -> list[list[Run]]:
@@ -105,7 +122,7 @@ def seeds_together(runs: Sequence[Run]) -> list[list[Run]]:
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        data = [run.dataset, run.n_train, run.test["n_test"], run.test["macs"]]
+        data = [run.dataset, run.n_train, run.data_hash, run.test["n_test"], run.test["macs"]]
         groups.setdefault(json.dumps([run.settings, run.processes, data], sort_keys=True), []).append(run)
     for group in groups.values():
         seen: dict[int, Run] = {}
@@ -260,10 +277,10 @@ def budget_tables(folders: Sequence[Path]) -> list[Table]:
                 kinds.setdefault((result["dataset"], result["n_test"], json.dumps(result["config"], sort_keys=True),
                                   result["family"], result["flat"], result["split_hash"], asked), []).append(result)
     tables = []
-    for (dataset, n_test, config, family, flat, _, asked), results in kinds.items():
+    for (dataset, n_test, _, family, flat, _, asked), results in kinds.items():
         picked = sorted({round(i * (len(asked) - 1) / (MOST_BUDGETS - 1)) for i in range(MOST_BUDGETS)})
         told = FAMILIES[family]
-        table = Table(f"Budgeted batch, {title_of(dataset)}, {json.loads(config)['arch']} with {len(results[0]['macs'])} exits, "
+        table = Table(f"Budgeted batch, {title_of(dataset)}, {results[0]['arch']} with {len(results[0]['macs'])} exits, "
                       f"{told.title}{', flat curve' if flat else ''}: top-1 % on {n_test:,} test images, 10^6 MACs per image",
                       [told.column, *(told.show(asked[i]) for i in picked)])
         for result in results:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from models import BoostedNet, expand_temperatures
-from utils.catalog import METHODS
+from utils.catalog import MAX_LAYERS, METHODS, n_layers
 from utils.checkpoint import load_weights
 from utils.errors import UserError
 from utils.flags import NETWORK
@@ -65,6 +65,8 @@ def check(args: argparse.Namespace, saved: dict[str, Any]) -> None:
     architecture, temperatures = saved["architecture"], saved["temperatures"]
     wrong = [name for name in ARCHITECTURE if name not in architecture or not _is_like(architecture[name], getattr(args, name))]
     wrong += [name for name in architecture if name not in ARCHITECTURE]
+    if not wrong and n_layers(argparse.Namespace(**architecture)) > MAX_LAYERS:
+        wrong.append("architecture")
     if not all(isinstance(t, float) and math.isfinite(t) for t in temperatures):
         wrong.append("temperatures")
     if saved["method"] not in METHODS:
@@ -79,7 +81,7 @@ def _is_like(value: Any, example: Any) -> bool:
         return isinstance(value, list) and value and all(_is_like(v, example[0]) for v in value)
     if isinstance(value, int) and not isinstance(value, bool):
         return isinstance(example, (int, type(None))) and 0 < value <= 100_000
-    return type(value) is type(example)
+    return type(value) is type(example) and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def _take_over_temperatures(args: argparse.Namespace, stored: list[float]) -> None:
@@ -102,7 +104,9 @@ def restore(args: argparse.Namespace, saved: dict[str, Any]) -> BoostedNet:
     Raises:
         UserError: when the weights are another network's.
     """
-    model = build_model(args)
+    # Of a checkpoint here the temperatures that it was trained with: --ensemble_reweight may say how else to add its exits up.
+    trained = {"ensemble_reweight": saved["temperatures"]} if "temperatures" in saved else {}
+    model = build_model(argparse.Namespace(**vars(args) | trained))
     load_weights(model.backbone, saved["state_dict"], args.evaluate_from)
     return model
 

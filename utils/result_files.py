@@ -62,39 +62,59 @@ def stem(mode: str, about: Mapping[str, Any], save_suffix: str = "") -> str:
 
 # What figures and tables need of an evaluation file.
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a number of a size that accuracies and costs can have."""
     return type(value) in (int, float) and 0 <= value < 1e30
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_list_of(check: Callable[[Any], bool], value: Any) -> bool:
+def is_list_of(check: Callable[[Any], bool], value: Any) -> bool:
     return isinstance(value, list) and value != [] and all(map(check, value))
 
 
-def _has(fields: dict[str, Callable[[Any], bool]], value: Any) -> bool:
+def has(fields: dict[str, Callable[[Any], bool]], value: Any) -> bool:
     return isinstance(value, dict) and all(key in value and check(value[key]) for key, check in fields.items())
 
 
-POINT = {"budget": lambda x: x is None or _is_number(x),
-         **dict.fromkeys(("valid_mean_macs", "valid_top1", "test_mean_macs", "test_top1"), _is_number)}
+POINT = {"budget": lambda x: x is None or is_number(x),
+         **dict.fromkeys(("valid_mean_macs", "valid_top1", "test_mean_macs", "test_top1"), is_number)}
 HEADER = {"format": lambda x: x == 1, "config": lambda x: isinstance(x, dict), "n_test": lambda x: type(x) is int and x > 0,
-          "macs": partial(_is_list_of, _is_number), **dict.fromkeys(("name", "dataset", "method", "arch"), _is_text)}
-FIELDS = {"anytime": {**HEADER, "top1": partial(_is_list_of, _is_number)},
+          "macs": partial(is_list_of, is_number), **dict.fromkeys(("name", "dataset", "method", "arch"), is_text)}
+FIELDS = {"anytime": {**HEADER, "top1": partial(is_list_of, is_number)},
           "dynamic": {**HEADER, "family": lambda x: x in [*FAMILIES], "flat": lambda x: isinstance(x, bool),
-                      "split_hash": lambda x: x is None or _is_text(x), "points": partial(_is_list_of, partial(_has, POINT))}}
+                      "split_hash": lambda x: x is None or is_text(x), "points": partial(is_list_of, partial(has, POINT))}}
 
 # How the exits were read. Files of an older version say nothing of it, and mean the usual way.
-READING = {"ensemble": _is_text, "policy": _is_text, "temperatures": partial(_is_list_of, _is_number)}
+READING = {"ensemble": is_text, "policy": is_text, "temperatures": partial(is_list_of, is_number)}
 
 
 def _fits(content: dict[str, Any]) -> bool:
     if "points" in content:
         key = FAMILIES[content["family"]].key
-        return all(_is_number(point.get(key)) for point in content["points"])
+        return all(is_number(point.get(key)) for point in content["points"])
     return len(content["top1"]) == len(content["macs"])
+
+
+def kind_of(path: Path) -> str:
+    return "dynamic" if path.name.startswith("dynamic") else "anytime"
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Content of an anytime or a budgeted file.
+
+    Raises:
+        UserError: when it is missing, incomplete or something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not has(FIELDS[kind_of(path)], content) or not _fits(content):
+        raise UserError(f"{path} is not a complete evaluation file; write it again with eval_cifar100.py")
+    return content
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -111,13 +131,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
                         f"python eval_cifar100.py --evaluate-from {folder}/model_best.pth")
     results = []
     for path in paths:
-        kind = "dynamic" if path.name.startswith("dynamic") else "anytime"
-        try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError):
-            content = None
-        if not _has(FIELDS[kind], content) or not _fits(content):
-            raise UserError(f"{path} is not a complete evaluation file; write it again with eval_cifar100.py")
+        kind, content = kind_of(path), read_file(path)
         suffix = path.stem.removeprefix(kind).removeprefix("_flat")
         results.append({**{key: content[key] for key in FIELDS[kind]}, "name": content["name"] + suffix, "suffix": suffix,
                         **{key: content[key] for key, check in READING.items() if check(content.get(key))}})

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from utils import distributed
-from utils.checkpoint import BEST, LATEST, PREVIOUS, TEST_BEST, load_latest
+from utils.checkpoint import BEST, LATEST, PREVIOUS, TEST_BEST, load, load_latest
 from utils.errors import UserError
 from utils.files import atomic_write, sweep
 from utils.lock import locked
@@ -85,15 +85,28 @@ def find_run(folder: str, resume: bool) -> dict[str, Any] | None:
     """The checkpoint to go on from in `folder`; None where a new run starts.
 
     Raises:
-        UserError: when the folder holds a run already and `resume` is off, or no good checkpoint and it is on.
+        UserError: when the folder holds a run already and `resume` is off, or no good checkpoint of it and it is on.
     """
     path = Path(folder)
     if resume:
-        return load_latest(path)
+        saved = load_latest(path)
+        if saved is None and (kept := _what_is_left(path)):
+            raise UserError(f"{path} holds {kept} of a run, but no checkpoint that it could be resumed from; name another "
+                            "--result_dir")
+        return saved
     # A hold-out split alone is of a run that ended before it saved anything; the same flags draw it again.
     if any((path / name).exists() for name in (LATEST, PREVIOUS, BEST, TEST_BEST, RESULTS)):
         raise UserError(f"{path} already holds a run; pass --resume to continue it, or another --result_dir")
     return None
+
+
+def _what_is_left(folder: Path) -> str | None:
+    """Name of a result in `folder` that training there would overwrite; None where nothing is lost."""
+    if (folder / RESULTS).exists():
+        return RESULTS
+    # The best weights are saved in front of the latest: killed between the two, the first epoch leaves them alone there.
+    later = (name for name in (BEST, TEST_BEST) if (folder / name).exists() and load(folder / name).get("epoch") != 1)
+    return next(later, None)
 
 
 def epochs_begun(saved: dict[str, Any]) -> int:
@@ -105,7 +118,7 @@ def finished(folder: Path, epochs: int) -> bool:
     """Whether the run in `folder` was tested after `epochs` epochs, so that nothing is left to do; the log says so."""
     try:
         tested = json.loads((folder / RESULTS).read_text())["test"]["epoch"]
-    except (OSError, ValueError, KeyError, TypeError):   # whatever is wrong with it, the run will write it again
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):   # whatever is wrong with it, the run will write it again
         return False
     if tested == epochs and distributed.is_main():
         logging.getLogger("boostnet").info("the run in %s is finished: nothing to do", folder)
@@ -117,8 +130,8 @@ def stored_split(saved: dict[str, Any] | None) -> Split | None:
     return Split.from_dict(saved["split"]) if saved and saved["split"] else None
 
 
-def start_run(folder: str, *, tensorboard_dir: str | None, config: dict[str, Any], n_train: int, split: Split | None,
-              device: torch.device) -> Run:
+def start_run(folder: str, *, tensorboard_dir: str | None, config: dict[str, Any], n_train: int, data_hash: str,
+              split: Split | None, device: torch.device) -> Run:
     """Write down what the run in `folder` is.
 
     Raises:
@@ -133,7 +146,7 @@ def start_run(folder: str, *, tensorboard_dir: str | None, config: dict[str, Any
             raise UserError(f"--tensorboard_dir {scalars} cannot be written: {error.strerror}") from error
         if split is not None:
             split.save(path / SPLIT)
-    results = {"format": 1, "config": config, "processes": distributed.world_size(), "n_train": n_train,
+    results = {"format": 1, "config": config, "processes": distributed.world_size(), "n_train": n_train, "data_hash": data_hash,
                "split_hash": split.hash if split else None, "versions": versions(device)}
     return Run(path, tensorboard_dir=scalars, results=results)
 
@@ -144,8 +157,6 @@ def open_log(path: Path | None = None) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     close_log()
-    if hasattr(sys.stdout, "reconfigure"):   # a name in a line may hold what the terminal's encoding has not
-        sys.stdout.reconfigure(errors="backslashreplace")
     terminal = logging.StreamHandler(sys.stdout)
     terminal.handleError = _nobody_listens
     terminal.setFormatter(logging.Formatter("%(message)s"))
@@ -157,12 +168,25 @@ def open_log(path: Path | None = None) -> None:
         log.addHandler(file)
 
 
+def say(*lines: object) -> None:
+    """Print, in the first process. A reader that has gone, as in `| head`, ends the output and nothing else."""
+    if distributed.is_main():
+        try:
+            print(*lines, sep="\n", flush=True)
+        except BrokenPipeError:
+            _be_silent()
+
+
 def _nobody_listens(record: logging.LogRecord) -> None:
-    """Go on in silence when stdout is a pipe whose reader has ended, as `tee` does at Ctrl-C."""
+    """Go on when stdout is a pipe whose reader has ended, as `tee` does at Ctrl-C."""
     if isinstance(sys.exc_info()[1], BrokenPipeError):   # not for a single line that could not be written
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        _be_silent()
+
+
+def _be_silent() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def close_log() -> None:

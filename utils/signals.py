@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from utils.errors import STOPPED
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -16,10 +18,12 @@ class StopSignals:
 
     Attributes:
         received: name of the first signal that came, None before.
+        begun: whether there is a training loop to answer. Before that a signal ends the program, with nothing to save.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, begun: bool = True) -> None:
         self.received: str | None = None
+        self.begun = begun
         self._interrupted = False
         self._previous: dict[int, object] = {}
 
@@ -33,6 +37,10 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.begun:
+            with suppress(OSError):
+                os.write(2, f"\n{signal.Signals(number).name}: stopped before the first step, nothing to save\n".encode())
+            raise SystemExit(STOPPED)
         if number == signal.SIGINT:
             if self._interrupted:
                 raise KeyboardInterrupt

@@ -43,7 +43,9 @@ class Split:
 
     def __post_init__(self):
         index = self.valid_index
-        well_formed = isinstance(index, Tensor) and index.dtype == torch.int64 and index.ndim == 1 and len(index) > 0
+        well_formed = (isinstance(index, Tensor) and index.layout == torch.strided and index.dtype == torch.int64
+                       and index.ndim == 1 and len(index) > 0 and type(self.n_total) is int and type(self.seed) is int
+                       and isinstance(self.labels_hash, str) and self.labels_hash.isascii())
         if not well_formed or not 0 <= int(index[0]) <= int(index[-1]) < self.n_total or bool((index.diff() <= 0).any()):
             raise UserError("the hold-out split is damaged: its index is not a rising list of image numbers")
 
@@ -98,7 +100,7 @@ class Split:
         try:
             content = saved["valid_index"].cpu(), int(saved["n_total"]), int(saved["seed"]), str(saved["labels_hash"])
             stored_hash = saved["hash"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"the hold-out split is damaged: {type(error).__name__} {error}") from error
         split = cls(*content)
         if stored_hash != split.hash:

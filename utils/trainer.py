@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import json
+import math
 import time
 from typing import Any
 
@@ -33,7 +36,7 @@ def prepare(args: argparse.Namespace, data, device: torch.device, saved: dict[st
     """
     require_one_process(args)
     args.num_classes = data.num_classes
-    place = (saved["epoch"], saved["training"]["figures"]["steps"]) if saved else None
+    place = (saved["epoch"], saved["training"]["figures"].get("steps")) if saved else None
     if not distributed.same_everywhere(place, data.labels_hash, data.n_train, data.n_valid, data.n_test):
         raise UserError("the processes of this run see different data or different checkpoints; --data-root must have the same "
                         "files on all machines, and --result_dir must be a folder that they share")
@@ -60,8 +63,8 @@ def prepare(args: argparse.Namespace, data, device: torch.device, saved: dict[st
     if saved:   # where the run began, a command with --resume does not say again
         config |= {name: saved["training"]["config"][name] for name in ("checkpoint", "start_epoch")
                    if name in saved["training"]["config"]}
-    run = start_run(args.result_dir, tensorboard_dir=args.tensorboard_dir, config=config, n_train=data.n_train, split=data.split,
-                    device=device)
+    run = start_run(args.result_dir, tensorboard_dir=args.tensorboard_dir, config=config, n_train=data.n_train,
+                    data_hash=data.data_hash, split=data.split, device=device)
     method = build_method(args, model, optimizer, network=distributed.wrap(forward, device), teacher=teacher)
     trainer = Trainer(method, data, run, scheduler=scheduler, description=describe(args, model, data), epochs=args.epochs,
                       start_epoch=args.start_epoch, print_freq=args.print_freq, paper_protocol=args.paper_protocol,
@@ -110,6 +113,7 @@ class Trainer:
             TrainingDiverged: when a loss or a weight is no longer finite; nothing is saved then.
         """
         signals = signals or StopSignals()
+        signals.begun = True
         if self.paper_protocol and distributed.is_main():
             self.run.log.info("--paper_protocol: the test set is read after every epoch and chooses %s, and the hold-out, if "
                               "any, is augmented, as in the released code; for comparison with the paper only",
@@ -166,12 +170,25 @@ class Trainer:
             self.method.load_state_dict(state["objective"])
             self.figures.load_state_dict(state["figures"])
             set_rng_state(state["rng"])
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            self._require_usable(state)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             raise UserError(f"{source} cannot be resumed: {type(error).__name__} {error}") from error
         self.epoch, self.best, self.history = saved["epoch"], state["best"], state["history"]
         self._note_results()   # the run may have been killed before it wrote them
         if distributed.is_main():
             self.run.log.info("resuming at %s", self._place())
+
+    def _require_usable(self, state: dict[str, Any]) -> None:
+        """Raise some exception for a training state that loads but would only fail later."""
+        for group in self.optimizer.param_groups:
+            if not 0 <= float(group["lr"]) < math.inf:
+                raise ValueError(f"its learning rate is {group['lr']}")
+            for parameter in group["params"]:
+                for value in self.optimizer.state.get(parameter, {}).values():
+                    if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
+                        raise ValueError("the optimiser's averages have other shapes than the weights")
+        json.dumps([state["best"]["epoch"], state["best"]["top1"], state["best"], state["history"]])   # they go to results.json
+        copy.deepcopy(self.scheduler).step()
 
     def _origin(self) -> dict[str, Any]:
         """What makes the batches of an epoch besides the flags: with another value there is no going on."""
