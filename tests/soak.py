@@ -72,7 +72,7 @@ def disturb(images: Path, folder: Path, epochs: int, draw: random.Random, longes
             number = draw.choice(SIGNALS)
             process.send_signal(number)
             code = process.wait()
-            # Before training, in the first seconds, the signals still do what they do to any program.
+            # While Python still loads modules, the signals do what they do to any program.
             assert code in (0, STOPPED, INTERRUPTED, -number), f"{number.name} gave exit code {code}"
             events[number.name] += 1
         else:

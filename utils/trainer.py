@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import time
@@ -165,6 +164,10 @@ class Trainer:
                 raise UserError(f"{source} cannot be resumed with other data, processes or teacher: {name} was {then}, now {now}")
         checkpoint.load_weights(self.model.backbone, saved["state_dict"], source)
         try:
+            for name, value in self.scheduler.state_dict().items():   # what another version of torch has not is no harm
+                kind = dict if isinstance(value, dict) else (int, float) if isinstance(value, (int, float)) else type(value)
+                if not isinstance(state["scheduler"].get(name, value), kind):
+                    raise ValueError(f"its schedule has no {name}")
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             self.method.load_state_dict(state["objective"])
@@ -188,7 +191,6 @@ class Trainer:
                     if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
                         raise ValueError("the optimiser's averages have other shapes than the weights")
         json.dumps([state["best"]["epoch"], state["best"]["top1"], state["best"], state["history"]])   # they go to results.json
-        copy.deepcopy(self.scheduler).step()
 
     def _origin(self) -> dict[str, Any]:
         """What makes the batches of an epoch besides the flags: with another value there is no going on."""
