@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from utils.catalog import DATASETS, MAX_LAYERS, METHODS, n_layers
-from utils.cli import Rule, each, is_path, is_text, rising, shown
+from utils.cli import Rule, each, is_path, is_utf8, rising, shown
 from utils.flags import FREE_ON_RESUME, IMAGE_SIZES, NETWORK, Milliseconds, build_parser
 
 # A classifier halves the coarsest map twice and pools it to one value: the map is 8x8 (32 pixels) or 7x7 (224).
@@ -56,7 +56,7 @@ RULES: tuple[Rule, ...] = (
           "different device numbers such as 0 or 0,1 (--device cpu for none)"),
     *each("save_suffix", lambda x: is_path(f"_{x}") and not re.search(r"[/\\]", x), "a part of a file name, without / and \\"),
     *each("result_dir tensorboard_dir checkpoint data_root evaluate_from teacher publish", is_path, "a path"),
-    *each("result_dir tensorboard_dir publish", is_text, "a path in UTF-8, as the files in it"),
+    *each("result_dir tensorboard_dir publish", is_utf8, "a path in UTF-8, as the files in it"),
     # Data.
     Rule(("image_size", "dataset"),
          lambda a: DATASETS[a.dataset].image_size in (None, a.image_size),

@@ -16,7 +16,9 @@ result=$RESULT_ROOT/quickstart
 run "$python" "$ROOT/train_cifar100.py" "${data[@]}" --use-valid --result_dir "$result" --resume \
     --arch msdnet_ge --nBlocks 4 --base 1 --step 2 --stepmode even --nChannels 4 --growthRate 4 \
     --epochs 4 --lr_milestones 2,3 --batch-size 64 "$@"
-run "$python" "$ROOT/eval_cifar100.py" "${data[@]}" --evaluate-from "$result/model_best.pth" --evalmode anytime ${place[@]+"${place[@]}"}
-run "$python" "$ROOT/eval_cifar100.py" "${data[@]}" --evaluate-from "$result/model_best.pth" --evalmode dynamic ${place[@]+"${place[@]}"}
+for mode in anytime dynamic; do
+    run "$python" "$ROOT/eval_cifar100.py" "${data[@]}" --evaluate-from "$result/model_best.pth" --evalmode $mode \
+        ${place[@]+"${place[@]}"}
+done
 cd "$ROOT" # where python -m finds utils
 run "$python" -m utils.plots "$result"

@@ -65,10 +65,11 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
                             "no part of the ablation")
     places: dict[tuple, Run] = {}
     for run in runs:
-        same = places.setdefault(tuple(factors(run).values()), run)
+        place = factors(run)
+        same = places.setdefault(tuple(place.values()), run)
         if same is not run:
             raise UserError(f"{same.folder} and {run.folder} are of the same setting; keep one of them in {folder}")
-        if sum(factors(run)[name] != value for name, value in REFERENCE.items()) > 1:
+        if sum(place[name] != value for name, value in REFERENCE.items()) > 1:
             left_out.append(f"{run.folder} differs from the reference in more than one factor and is in no panel")
     return runs, left_out
 

@@ -1,4 +1,6 @@
-"""What is known of each data set before it is opened, and of each training method. Loads nothing, for a fast command line."""
+"""What is known of each data set before it is opened, of each network and of each training method. Loads nothing, for a fast
+command line.
+"""
 from __future__ import annotations
 
 from argparse import Namespace

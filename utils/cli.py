@@ -124,7 +124,7 @@ def rising(values: Sequence[float]) -> list[float]:
     return [after - before for before, after in zip(values[:-1], values[1:], strict=True)]
 
 
-def is_text(text: str) -> bool:
+def is_utf8(text: str) -> bool:
     """Whether every byte of `text` was part of a character."""
     try:
         return bool(text.encode())

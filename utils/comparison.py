@@ -81,10 +81,11 @@ def read_row(run: Path, reading: Mapping[str, Any], *, after: Path | None = None
             train_s = sum(float(epoch["seconds"]) for folder in folders for epoch in _read(folder / RESULTS)["epochs"])
             peaks = [_read(folder / FOOTPRINT) for folder in folders]
             memory = max(int(peak["peak_cuda_bytes"] or peak["peak_rss_bytes"]) for peak in peaks)
-        versions = {**trained["versions"], "threads": int(trained["versions"]["threads"])}
+        machine = trained["versions"]
+        versions = {"device": machine["device"], "threads": int(machine["threads"]), "torch": machine["torch"]}
         anytime["n_valid"] = int(anytime["n_valid"])
         return Row(anytime, dynamic, colour, line, train_s, memory, footprint["peak_cuda_bytes"] > 0, len(trained["epochs"]),
-                   int(trained["config"]["seed"]), {name: versions[name] for name in ("device", "threads", "torch")})
+                   int(trained["config"]["seed"]), versions)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise UserError(f"{run}: {RESULTS} or {FOOTPRINT} is of something else ({type(error).__name__} {error}); train this run "
                         "again") from error

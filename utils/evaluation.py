@@ -49,18 +49,17 @@ def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torc
         folder.mkdir(parents=True, exist_ok=True)
     # A released checkpoint says nothing about itself.
     about = header(identify(args) | saved, folder, model, data, **reading)
-    suffix = args.save_suffix
     if args.publish:
         publish(model, saved, data, folder, about=about, source=source, dynamic=args.evalmode == "dynamic")
     elif args.evalmode == "realtime":
-        evaluate_realtime(model, data, folder, about=about, budgets=args.budget, cost=args.cost, suffix=suffix)
+        evaluate_realtime(model, data, folder, about=about, budgets=args.budget, cost=args.cost, suffix=args.save_suffix)
     elif args.policy == "patience":
-        evaluate_patience(model, data, folder, about=about, suffix=suffix)
+        evaluate_patience(model, data, folder, about=about, suffix=args.save_suffix)
     elif args.evalmode == "dynamic":
         evaluate_budgeted(model, data, folder, about=about, budgets=args.budget, released=args.sweep == "released",
-                          flat=args.flat_curve, suffix=suffix)
+                          flat=args.flat_curve, suffix=args.save_suffix)
     else:
-        evaluate_anytime(model, data, folder, about=about, suffix=suffix)
+        evaluate_anytime(model, data, folder, about=about, suffix=args.save_suffix)
 
 
 def header(saved: dict[str, Any], folder: Path, model: BoostedNet, data, *, ensemble: str | None = None,

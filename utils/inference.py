@@ -32,8 +32,8 @@ def load_model(path: str | Path) -> tuple[BoostedNet, dict[str, Any]]:
     if "architecture" not in saved:
         raise UserError(f"{path} holds weights only, nothing about its network; expected a checkpoint of a training run here")
     check(argparse.Namespace(**vars(build_parser().parse_args([])) | {"num_classes": None, "evaluate_from": path}), saved)
-    args = argparse.Namespace(**saved["architecture"], method=saved["method"], ensemble_reweight=saved["temperatures"],
-                              trainable_ensemble=False, evaluate_from=path)
+    args = argparse.Namespace(**saved["architecture"], method=saved["method"], trainable_ensemble=False,
+                              evaluate_from=path)
     return restore(args, saved).eval(), saved
 
 

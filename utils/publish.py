@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from adaptive_inference import budget_curve, released_curve
 from models import BoostedNet
 from utils import checkpoint, distributed, lock
-from utils.cli import OneLineParser
+from utils.cli import OneLineParser, rising
 from utils.engine import Predictions, predict
 from utils.errors import UserError, user_errors
 from utils.files import atomic_write
@@ -89,9 +89,9 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
     model.backbone.load_state_dict(content["state_dict"])
     rounded = predict(model, data.test())
     parts = {"test": Arrays.of(rounded)} | ({"valid": Arrays.of(predict(model, data.valid()))} if dynamic else {})
-    about = about | {"weights_hash": checkpoint.hash_weights(content["state_dict"])}   # those that are published
-    judged = {f"n_{name}": part.correct.shape[1] for name, part in parts.items()}
-    about = {**about, **judged, "precision": "half", "top1_float32": full.top1, "top5": rounded.top5.tolist()}
+    about = {**about, **{f"n_{name}": part.correct.shape[1] for name, part in parts.items()},
+             "weights_hash": checkpoint.hash_weights(content["state_dict"]),   # of those that are published
+             "precision": "half", "top1_float32": full.top1, "top5": rounded.top5.tolist()}
     kind = "dynamic" if dynamic else "anytime"
     if not distributed.is_main():
         return
@@ -174,7 +174,7 @@ def redraw(folder: Path, kind: str) -> list[Path]:
     needed = {"test"} if kind == "anytime" else {"test", "valid"}
     n_exits = {len(part) for arrays in parts.values() for part in arrays}
     macs = about.get("macs")
-    drawable = is_list_of(is_number, macs) and all(a < b for a, b in pairwise(macs)) and n_exits == {len(macs)}
+    drawable = is_list_of(is_number, macs) and all(step > 0 for step in rising(macs)) and n_exits == {len(macs)}
     if parts.keys() != needed or not drawable or "top5" not in about:
         raise UserError(f"{path} does not hold what {kind} curves are drawn from")
     test = parts["test"]

@@ -109,9 +109,7 @@ def _is_setting(value: Any, default: Any) -> bool:
         return value is None or isinstance(value, (str, int, float, list))
     if isinstance(default, list):
         return is_list_of(is_number, value)
-    number = (int, float) if isinstance(default, float) else int
-    return type(value) is type(default) or (type(default) in (int, float) and isinstance(value, number)
-                                            and not isinstance(value, bool))
+    return type(value) in ((int, float) if type(default) is float else (type(default),))
 
 
 def seeds_together(runs: Sequence[Run]) -> list[list[Run]]:
