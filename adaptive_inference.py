@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from utils.early_exit import EarlyExit, Exits
-from utils.errors import UserError
+from utils.core.errors import UserError
+from utils.evaluation.early_exit import EarlyExit, Exits
 
 __all__ = ["EarlyExit", "Exits", "budget_curve", "budget_grid", "combine_sizes", "curve_position", "evaluate_thresholds",
            "exit_index", "exit_shares", "fit_thresholds", "flatten", "mean_cost", "patience_curve", "released_curve",

@@ -1,4 +1,4 @@
-"""The command line and every check of its values and combinations; `utils.flags` lists the flags.
+"""The command line and every check of its values and combinations; `utils.options.flags` lists the flags.
 
     from args import parse_args
     args = parse_args("--dataset cifar100 --arch msdnet_ge --nBlocks 10 --step 2 --nChannels 16".split())
@@ -13,9 +13,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from utils.catalog import DATASETS, MAX_LAYERS, METHODS, n_layers
-from utils.cli import Rule, each, is_path, is_utf8, rising, shown
-from utils.flags import FREE_ON_RESUME, IMAGE_SIZES, NETWORK, Milliseconds, build_parser
+from utils.options.catalog import DATASETS, MAX_LAYERS, METHODS, n_layers
+from utils.options.flags import FREE_ON_RESUME, IMAGE_SIZES, NETWORK, Milliseconds, build_parser
+from utils.options.parser import Rule, each, is_path, is_utf8, rising, shown
 
 # A classifier halves the coarsest map twice and pools it to one value: the map is 8x8 (32 pixels) or 7x7 (224).
 N_SCALES = {32: 3, 224: 4}

@@ -7,13 +7,13 @@ import sys
 
 from args import parse_args, require
 from dataloader import Data, build_data
-from utils import checkpoint
-from utils.classify import classify_files
-from utils.distributed import process_group, rank, world_size
-from utils.errors import user_errors
-from utils.evaluation import evaluate
-from utils.restore import take_over
-from utils.run import choose_device
+from utils.core.distributed import process_group, rank, world_size
+from utils.core.errors import user_errors
+from utils.core.machine import choose_device
+from utils.evaluation.classify import classify_files
+from utils.evaluation.modes import evaluate
+from utils.runs import checkpoint
+from utils.runs.restore import take_over
 
 
 @user_errors()

@@ -10,11 +10,12 @@ import sys
 
 from args import forbid, parse_args, require, require_unchanged
 from dataloader import build_data
-from utils.distributed import process_group, rank, world_size
-from utils.errors import STOPPED, user_errors
-from utils.run import choose_device, claim, epochs_begun, find_run, stored_split
-from utils.signals import StopSignals
-from utils.trainer import prepare
+from utils.core.distributed import process_group, rank, world_size
+from utils.core.errors import STOPPED, user_errors
+from utils.core.machine import choose_device
+from utils.core.signals import StopSignals
+from utils.runs.folder import claim, epochs_begun, find_run, stored_split
+from utils.training.trainer import prepare
 
 
 @user_errors()

@@ -16,8 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_imagenet
 import train_imagenet
 from models import layers, msdnet, ranet
-from utils import distributed, evaluation, trainer
-from utils.engine import EpochFigures
+from utils.core import distributed
+from utils.evaluation import modes as evaluation
+from utils.training import trainer
+from utils.training.engine import EpochFigures
 
 own_normalisation = nn.BatchNorm2d.forward
 

@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 from tiny import command, differences, make_images, outcome  # noqa: E402
 
-from utils import checkpoint  # noqa: E402
-from utils.errors import INTERRUPTED, STOPPED  # noqa: E402
+from utils.core.errors import INTERRUPTED, STOPPED  # noqa: E402
+from utils.runs import checkpoint  # noqa: E402
 
 SIGNALS = [signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 SETUP = "--method boost --optimizer sgd --loss_equal --batch-size 8 --lr_f 0.01".split()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import adaptive_inference as ai
-from utils.errors import UserError
+from utils.core.errors import UserError
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "adaptive_k6.json").read_text())
 COSTS = GOLDEN["flops"]

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 
 import args as cli
 from args import build_parser, forbid, parse_args, require
-from utils import catalog, decoders, flags, methods
-from utils.errors import UserError
+from utils import methods
+from utils.core.errors import UserError
+from utils.data import decoders
 from utils.methods import build_model
+from utils.options import catalog, flags
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,11 +17,12 @@ import pytest
 import torch
 from torch import nn
 
-from utils import checkpoint, files
-from utils.checkpoint import DAMAGED, LATEST, PREVIOUS
-from utils.errors import UserError
-from utils.files import atomic_write, sweep
-from utils.split import Split
+from utils.core import files
+from utils.core.errors import UserError
+from utils.core.files import atomic_write, sweep
+from utils.data.split import Split
+from utils.runs import checkpoint
+from utils.runs.checkpoint import DAMAGED, LATEST, PREVIOUS
 
 ABOUT = {"architecture": {"arch": "msdnet"}, "dataset": "folder", "class_names": ["a", "b"], "method": "boost",
          "temperatures": [0.5, 0.5], "trainable_ensemble": False, "split": None, "epoch": 3, "epoch_kind": "epoch"}
@@ -132,7 +133,7 @@ def test_a_disk_that_fails_at_the_last_moment_costs_neither_checkpoint(tmp_path,
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("utils.files.os.fsync", full)
+        patch.setattr("utils.core.files.os.fsync", full)
         with pytest.raises(OSError, match="No space left"):
             checkpoint.save_latest(tmp_path, content(3))
     assert [number_of(checkpoint.load(tmp_path / name)) for name in (LATEST, PREVIOUS)] == [2, 1]
@@ -333,7 +334,7 @@ def damage(path: Path) -> None:
 def test_a_checkpoint_that_makes_no_sense_is_no_network_either(tmp_path, spoil):
     from pathlib import Path
 
-    from utils.inference import load_model
+    from utils.evaluation.fast_form import load_model
 
     published = Path(__file__).parent.parent / "published/cifar100_small/msdnet_boost/model_anytime.pth"
     saved = checkpoint.load(published)

@@ -16,9 +16,10 @@ import tiny
 import eval_cifar100
 import train_cifar100
 from args import parse_args
-from utils import compare, comparison, footprint
-from utils.errors import UserError
-from utils.result_files import stem
+from utils import compare, footprint
+from utils.core.errors import UserError
+from utils.reports import comparison
+from utils.runs.result_files import stem
 
 ROOT = Path(__file__).parent.parent
 

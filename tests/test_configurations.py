@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from args import parse_args
-from utils.engine import EpochFigures, train_epoch
 from utils.methods import Method, build_model
+from utils.training.engine import EpochFigures, train_epoch
 
 CONFIGURATIONS = {entry["name"]: entry for entry in
                   json.loads(Path(__file__).with_name("data").joinpath("macs.json").read_text())["configs"]}

@@ -10,10 +10,11 @@ import torch
 from PIL import Image, ImageOps
 
 from dataloader import build_data
-from utils import array_cache, images
-from utils.augment import CIFAR_STATISTICS, CropFlip, Normalise
-from utils.errors import UserError
-from utils.split import Split
+from utils.core.errors import UserError
+from utils.data import cache as array_cache
+from utils.data import small_images as images
+from utils.data.augment import CIFAR_STATISTICS, CropFlip, Normalise
+from utils.data.split import Split
 
 
 def make_folder(root, n_train=6, n_test=3, classes=("ant", "bee", "cow"), size=32, test_name="test", seed=0):

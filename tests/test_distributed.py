@@ -18,11 +18,14 @@ from torch import nn
 
 from args import parse_args
 from models import BoostedNet, MSDNet, msdnet, ranet
-from utils import checkpoint, distributed, errors, evaluation, trainer
-from utils.errors import UserError
-from utils.lock import locked
+from utils.core import distributed, errors
+from utils.core.errors import UserError
+from utils.core.lock import locked
+from utils.core.machine import choose_device
+from utils.evaluation import modes as evaluation
 from utils.methods import build_model
-from utils.run import choose_device
+from utils.runs import checkpoint
+from utils.training import trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = {

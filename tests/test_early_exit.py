@@ -17,9 +17,9 @@ from adaptive_inference import EarlyExit, exit_index, exit_shares, fit_threshold
 from dataloader import build_data
 from models import BoostedNet, MSDNet, RANet
 from op_counter import measure_model
-from utils.early_exit import Exits
-from utils.inference import FORMS, load_model, prepare_for_inference
-from utils.split import Split
+from utils.data.split import Split
+from utils.evaluation.early_exit import Exits
+from utils.evaluation.fast_form import FORMS, load_model, prepare_for_inference
 
 ROUNDING = 1e-6   # a confidence this close to a threshold may lie on either side of it in a batch of another size
 N = 64

@@ -12,10 +12,10 @@ import eval_cifar100
 import train_cifar100
 from dataloader import build_data
 from models import BoostedNet, MSDNet
-from utils import checkpoint
-from utils.engine import EpochFigures, train_epoch
 from utils.methods import Method
 from utils.plots import main as plots
+from utils.runs import checkpoint
+from utils.training.engine import EpochFigures, train_epoch
 
 
 @pytest.fixture(scope="module")

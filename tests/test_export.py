@@ -14,7 +14,7 @@ import eval_cifar100
 import train_cifar100
 from adaptive_inference import EarlyExit
 from utils import export
-from utils.inference import load_model
+from utils.evaluation.fast_form import load_model
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 RANET = "--arch ranet_ge --nBlocks 1 --block-step 1 --step 1 --scale-list 1-2-3 --grFactor 4-2-1 --bnFactor 4-2-1".split()

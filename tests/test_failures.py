@@ -17,11 +17,12 @@ from tiny import command, differences, files_no_larger_than, make_images, one_li
 import eval_cifar100
 import train_cifar100
 from models import BoostedNet, MSDNet
-from utils import checkpoint, lock
-from utils.engine import EpochFigures, TrainingDiverged, train_epoch
-from utils.errors import FAILURE, STOPPED
+from utils.core import lock
+from utils.core.errors import FAILURE, STOPPED
 from utils.methods import Method, bad_steps
-from utils.run import RESULTS
+from utils.runs import checkpoint
+from utils.runs.folder import RESULTS
+from utils.training.engine import EpochFigures, TrainingDiverged, train_epoch
 
 
 @pytest.fixture(scope="module")

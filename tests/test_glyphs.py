@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dataloader import build_data
-from utils import glyphs
+from utils.data import glyphs
 
 SHEET = Path(__file__).parent / "data" / "glyphs.png"  # the first 36 training images, 6 rows of 6
 

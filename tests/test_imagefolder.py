@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader
 
 import train_cifar100
 from dataloader import build_data
-from utils import array_cache, imagefolder, listing
-from utils.augment import IMAGENET_STATISTICS
-from utils.decoders import DECODERS, PillowDecoder, random_box, sample_generator, scaled_size
-from utils.errors import UserError
-from utils.listing import PackedStrings, scan
+from utils.core.errors import UserError
+from utils.data import cache as array_cache
+from utils.data import folders as listing
+from utils.data import large_images as imagefolder
+from utils.data.augment import IMAGENET_STATISTICS
+from utils.data.decoders import DECODERS, PillowDecoder, random_box, sample_generator, scaled_size
+from utils.data.folders import PackedStrings, scan
 
 SIZES = [(320, 240), (240, 321), (500, 260), (261, 262), (230, 400), (300, 300)]
 

@@ -5,12 +5,39 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"train_cifar100", "train_imagenet", "eval_cifar100", "eval_imagenet"}
 LATE = {"torchvision", "matplotlib", "tensorboard"}   # slow to import, needed by few
-# What a module may import of the project, by where it is.
-ALLOWED = {"models": {"models"}, "op_counter": set(), "args": {"utils"}, "dataloader": {"utils"},
-           "adaptive_inference": {"utils", "models"}, "utils": {"utils", "models", "adaptive_inference", "op_counter"},
-           **{script: {"args", "dataloader", "utils", "adaptive_inference", "op_counter", "models"} for script in SCRIPTS}}
+
+# Who may import what of the project: the only statement of the direction of imports. A place is a package of utils, a folder
+# or a file of the top level; "programs" are the files directly in utils/, which are run and never imported.
+CORE, OPTIONS = {"core"}, {"core", "options"}
+DATA = OPTIONS | {"data"}
+RUNS = DATA | {"runs"}
+PURE = {"op_counter", "adaptive_inference"}
+EVALUATION = RUNS | PURE | {"models", "evaluation"}
+TRAINING = EVALUATION | {"methods", "training"}
+PROGRAMS = TRAINING | {"reports", "benchmarks"}
+ALLOWED = {
+    "core": CORE, "options": OPTIONS, "data": DATA, "runs": RUNS | {"models"},
+    "methods": RUNS | PURE | {"models", "methods"}, "evaluation": EVALUATION, "reports": RUNS | PURE | {"reports"},
+    "training": TRAINING, "benchmarks": PROGRAMS | {"args", "dataloader"}, "programs": PROGRAMS | {"args", "dataloader"},
+    "models": {"models"}, "op_counter": set(), "adaptive_inference": EVALUATION, "args": OPTIONS, "dataloader": DATA,
+    "scripts": PROGRAMS | {"args", "dataloader"},
+}
+SCRIPTS = {"train_cifar100", "train_imagenet", "eval_cifar100", "eval_imagenet"}
+
+
+# Arrows of the old layout that are still to go.
+PENDING = {("utils/ablation.py", "utils.report"), ("utils/runs/restore.py", "utils.methods"),
+           ("utils/runs/result_files.py", "utils.evaluation.confidence"),
+           ("utils/evaluation/confidence.py", "utils.reports.paper"),
+           ("utils/reports/comparison.py", "utils.evaluation.confidence")}
+
+
+def _place(parts):
+    """Place of a module in ALLOWED, from the parts of its dotted name."""
+    if parts[0] == "utils" and len(parts) > 1:
+        return parts[1] if (ROOT / "utils" / parts[1]).is_dir() else "programs"
+    return "scripts" if parts[0] in SCRIPTS else parts[0]
 
 
 def _sources():
@@ -18,24 +45,35 @@ def _sources():
 
 
 def _imports(path, top_level_only=False):
+    """Dotted names of what a file imports; of `from package import module` the module too."""
     tree = ast.parse(path.read_text())
     for node in (tree.body if top_level_only else ast.walk(tree)):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "utils":
+            yield from (f"utils.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module.split(".")[0]
+            yield node.module
 
 
-def test_imports_point_from_scripts_to_models_and_never_back():
+def test_imports_point_in_one_direction():
+    seen = 0
     for path in _sources():
-        place = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        wrong = set(_imports(path)) & set(ALLOWED) - ALLOWED[place]
-        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+        place = _place(path.relative_to(ROOT).with_suffix("").parts)
+        for name in _imports(path):
+            target = _place(name.split("."))
+            if target == "utils" or target not in ALLOWED:
+                continue
+            seen += 1
+            if (str(path.relative_to(ROOT)), name) in PENDING:
+                continue
+            assert target in ALLOWED[place] and target != "programs", f"{path.relative_to(ROOT)} ({place}) imports {name}"
+    assert seen > 150
 
 
 def test_slow_libraries_are_imported_where_they_are_used():
     for path in _sources():
-        assert not set(_imports(path, top_level_only=True)) & LATE, path
+        assert not {name.split(".")[0] for name in _imports(path, top_level_only=True)} & LATE, path
 
 
 def test_importing_every_module_reads_no_arguments_and_prints_nothing():

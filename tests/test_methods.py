@@ -15,14 +15,15 @@ import train_cifar100
 from adaptive_inference import EarlyExit
 from models import BoostedNet, CollaborativeNet, MSDNet, RANet
 from models.layers import run_separately
-from utils import checkpoint, distributed
-from utils.errors import STOPPED
-from utils.inference import FORMS, prepare_for_inference
+from utils.core import distributed
+from utils.core.errors import STOPPED
+from utils.evaluation.fast_form import FORMS, prepare_for_inference
 from utils.methods import METHODS, Method, imta, l2w
 from utils.methods.block_losses import BlockLosses
 from utils.methods.distillation import Distillation
 from utils.methods.losses import cross_entropies, divergence
-from utils.optim import build_optimizer
+from utils.runs import checkpoint
+from utils.training.optim import build_optimizer
 
 # Flags of a run for every method; {joint} and {boost} are finished runs. Batches of 13: the last of 40 images is alone.
 SETUPS = {

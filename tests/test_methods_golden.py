@@ -17,7 +17,7 @@ from utils.methods.distillation import Distillation
 from utils.methods.imta import Collaboration
 from utils.methods.l2w import SampleWeighting, WeightNet, leaving
 from utils.methods.losses import divergence
-from utils.optim import build_optimizer
+from utils.training.optim import build_optimizer
 
 L2W, BDL, IMTA = golden.load("l2w"), golden.load("bdl"), golden.load("imta")
 

@@ -7,7 +7,7 @@ from args import parse_args
 from models import BoostedNet, build_backbone
 from op_counter import measure_model
 from utils.methods import Method
-from utils.optim import build_optimizer
+from utils.training.optim import build_optimizer
 
 MODELS = ["msdnet_cifar100_anytime", "msdnet_ge_cifar100_anytime", "msdnet_ge_cifar100_batch_base4",
           "msdnet_ge_cifar100_batch_base8", "msdnet_ge_imagenet_step4", "ranet_cifar100_anytime", "ranet_cifar100_batch_model1"]

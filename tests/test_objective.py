@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 
 from models import MSDNet, RANet
-from utils.engine import valid_share
 from utils.methods.losses import ExitLosses, cross_entropies
-from utils.optim import build_optimizer, build_scheduler
+from utils.training.engine import valid_share
+from utils.training.optim import build_optimizer, build_scheduler
 
 
 def _predictions(*exits):

@@ -10,8 +10,9 @@ from tiny import command, differences, make_images, outcome, signal_at_step
 import eval_cifar100
 import train_cifar100
 from dataloader import Data, build_data
-from utils import checkpoint, trainer
-from utils.errors import STOPPED
+from utils.core.errors import STOPPED
+from utils.runs import checkpoint
+from utils.training import trainer
 
 
 @pytest.fixture(scope="module")

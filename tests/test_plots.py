@@ -7,8 +7,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from utils import plots
-from utils.errors import UserError
-from utils.paper import ANYTIME, BUDGETED
+from utils.core.errors import UserError
+from utils.reports.paper import ANYTIME, BUDGETED
 
 MACS = [10_000_000, 20_000_000, 40_000_000]
 

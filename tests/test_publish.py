@@ -9,8 +9,10 @@ from tiny import command, make_images, one_line_error
 
 import eval_cifar100
 import train_cifar100
-from utils import checkpoint, operating_points, publish
+from utils.evaluation import operating_points
+from utils.evaluation import published as publish
 from utils.plots import main as plots
+from utils.runs import checkpoint
 
 
 @pytest.fixture(scope="module")

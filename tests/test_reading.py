@@ -12,12 +12,14 @@ import train_cifar100
 from adaptive_inference import EarlyExit, exit_index, exit_shares, fit_thresholds, patience_curve
 from dataloader import build_data
 from models import BoostedNet, MSDNet, RANet, read_as
-from utils import flags, operating_points, reading
-from utils.classify import read_images
-from utils.errors import UserError
-from utils.inference import load_model, prepare_for_inference
+from utils.core.errors import UserError
+from utils.data.split import Split
+from utils.evaluation import confidence as reading
+from utils.evaluation import operating_points
+from utils.evaluation.classify import read_images
+from utils.evaluation.fast_form import load_model, prepare_for_inference
+from utils.options import flags
 from utils.plots import labels, read_results
-from utils.split import Split
 
 TEMPERATURES = [0.9, 0.3, 0.5, 0.7]
 MEASURES = ["confidence", "entropy", "margin"]

@@ -10,8 +10,9 @@ import torch
 
 import eval_cifar100
 import train_cifar100
-from utils import checkpoint, operating_points, realtime
-from utils.inference import load_model, prepare_for_inference
+from utils.evaluation import operating_points, realtime
+from utils.evaluation.fast_form import load_model, prepare_for_inference
+from utils.runs import checkpoint
 
 
 @pytest.fixture(scope="module")

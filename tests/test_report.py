@@ -10,9 +10,9 @@ from tiny import one_line_error
 
 from args import parse_args
 from utils import report
-from utils.paper import ANYTIME
-from utils.run import plain
-from utils.tables import Table
+from utils.core.tables import Table
+from utils.reports.paper import ANYTIME
+from utils.runs.folder import plain
 
 ROOT = Path(__file__).resolve().parent.parent
 MACS = {config["name"]: config for config in json.loads((ROOT / "tests/data/macs.json").read_text())["configs"]}

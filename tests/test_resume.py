@@ -14,10 +14,11 @@ from tiny import command, differences, make_images, one_line_error, outcome, sig
 import args as cli
 import train_cifar100
 from models import BoostedNet
-from utils import checkpoint, trainer
-from utils.errors import STOPPED
+from utils.core.errors import STOPPED
 from utils.methods.losses import ExitLosses
-from utils.optim import LRScheduler
+from utils.runs import checkpoint
+from utils.training import trainer
+from utils.training.optim import LRScheduler
 
 # Between them every kind of state: momentum and Adam's averages, both schedules, the averages of --loss_equal.
 SETUPS = {
@@ -266,7 +267,7 @@ def test_a_tensorboard_folder_that_cannot_be_is_named_before_the_first_step(imag
 
 
 def test_what_tensorboard_raises_costs_no_epoch(images, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.run.Run.scalars", lambda *_: 1 / 0)
+    monkeypatch.setattr("utils.runs.folder.Run.scalars", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_cifar100.main(command(images, tmp_path))
     assert checkpoint.load(tmp_path / checkpoint.LATEST)["epoch"] == 1 and (tmp_path / "results.json").exists()

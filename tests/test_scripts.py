@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from args import parse_args
-from utils.flags import NETWORK
+from utils.options.flags import NETWORK
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES, DATASETS = ("msdnet", "ranet"), ("cifar100", "imagenet")

@@ -13,10 +13,11 @@ import pytest
 from tiny import command, differences, make_images, one_line_error, outcome, signal_at_step
 
 import train_cifar100
-from utils import checkpoint, engine
-from utils.errors import STOPPED, UserError
-from utils.lock import locked
-from utils.signals import SIGNALS, StopSignals
+from utils.core.errors import STOPPED, UserError
+from utils.core.lock import locked
+from utils.core.signals import SIGNALS, StopSignals
+from utils.runs import checkpoint
+from utils.training import engine
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,7 +80,7 @@ def test_a_second_interrupt_leaves_at_once_and_saves_nothing(images, tmp_path, m
 
 
 def test_a_signal_during_validation_leaves_the_finished_epoch(images, tmp_path, monkeypatch):
-    from utils import trainer
+    from utils.training import trainer
 
     def predict_and_signal(*arguments):
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -129,7 +130,7 @@ def test_ctrl_c_in_a_pipeline_saves_though_the_reader_of_the_output_is_gone(imag
 
 
 def test_a_line_that_the_terminal_cannot_show_does_not_silence_it(tmp_path):
-    program = ("import logging; from utils.errors import user_errors; from utils.run import open_log\n"
+    program = ("import logging; from utils.core.errors import user_errors; from utils.runs.folder import open_log\n"
                "with user_errors():\n    open_log(); log = logging.getLogger('boostnet')\n"
                "    log.info('caf\\udce9'); log.info('a %d', 'x'); log.info('after')")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
@@ -189,7 +190,7 @@ def test_a_second_run_is_kept_out_until_the_first_is_dead(images, tmp_path, caps
 
 
 def test_the_lock_of_a_killed_process_is_not_kept_by_its_children(tmp_path):
-    program = ("import os, sys, time; from pathlib import Path; from utils.lock import locked\n"
+    program = ("import os, sys, time; from pathlib import Path; from utils.core.lock import locked\n"
                "with locked(Path(sys.argv[1])):\n"
                "    if os.fork(): os.kill(os.getpid(), 9)\n"
                "    print('child', flush=True); time.sleep(60)")
@@ -210,7 +211,7 @@ def test_a_folder_is_free_again_after_the_block(tmp_path):
 def test_a_file_system_without_locks_is_pointed_out(tmp_path, monkeypatch, caplog):
     import errno
 
-    from utils import lock
+    from utils.core import lock
 
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.errors import UserError
-from utils.sampling import plan_evaluation, plan_training
-from utils.split import Split
+from utils.core.errors import UserError
+from utils.data.sampling import plan_evaluation, plan_training
+from utils.data.split import Split
 
 LABELS = torch.arange(40) % 4
 

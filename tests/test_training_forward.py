@@ -10,12 +10,12 @@ from tiny import command, differences, make_images, one_line_error, outcome, sig
 import train_cifar100
 from models import BoostedNet, MSDNet, RANet
 from models.layers import resize_like
-from utils import training_forward as fast
-from utils.engine import EpochFigures, train_epoch
-from utils.errors import STOPPED, UserError
+from utils.core.errors import STOPPED, UserError
 from utils.methods import Method
-from utils.optim import build_optimizer
-from utils.training_forward import training_forward
+from utils.training import fast_forward as fast
+from utils.training.engine import EpochFigures, train_epoch
+from utils.training.fast_forward import training_forward
+from utils.training.optim import build_optimizer
 
 BATCH, STEPS = 6, 4   # and a last batch of 5
 NETWORKS = {

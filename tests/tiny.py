@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils import checkpoint, engine
-from utils.run import RESULTS
+from utils.runs import checkpoint
+from utils.runs.folder import RESULTS
+from utils.training import engine
 
 CLOCK = ("seconds", "images_per_s")   # what two equal runs differ in
 

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.catalog import title_of
-from utils.cli import OneLineParser
-from utils.errors import UserError, user_errors
-from utils.figures import COLOURS, INK, LEGEND, MARKERS, MILLIONS, TOP1, dress, new_figure, plain, save
+from utils.core.errors import UserError, user_errors
+from utils.options.catalog import title_of
+from utils.options.parser import OneLineParser
 from utils.report import Run, read_run
+from utils.reports.style import COLOURS, INK, LEGEND, MARKERS, MILLIONS, TOP1, dress, new_figure, plain, save
 
 # What a panel varies, and its title.
 PANELS = {"temperature": "Temperature $t$", "batch size": "Batch size", "switch": "Gradient rescaling, frozen sum"}

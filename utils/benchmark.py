@@ -18,10 +18,10 @@ from typing import Any
 
 from utils.benchmarks import early_exit, input_pipeline, scaling, sweep, training
 from utils.benchmarks.measure import count
-from utils.cli import OneLineParser, is_path, number
-from utils.errors import UserError, user_errors
-from utils.run import choose_device, versions
-from utils.tables import format_table
+from utils.core.errors import UserError, user_errors
+from utils.core.machine import choose_device, versions
+from utils.core.tables import format_table
+from utils.options.parser import OneLineParser, is_path, number
 
 # Every benchmark is a module with add_arguments(parser) and run(args, device) -> list of measurements, and may have a
 # report(lines, where) of its own.

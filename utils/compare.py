@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from models import expand_temperatures
-from utils.checkpoint import LATEST, load_latest
-from utils.cli import OneLineParser, is_path
-from utils.comparison import FOOTPRINT, draw, markdown, read_row, text
-from utils.errors import FAILURE, STOPPED, UserError, user_errors
-from utils.figures import save
-from utils.files import atomic_write
-from utils.flags import build_parser
-from utils.result_files import read_file, stem
-from utils.run import RESULTS, say
-from utils.signals import SIGNALS
+from utils.core.errors import FAILURE, STOPPED, UserError, user_errors
+from utils.core.files import atomic_write
+from utils.core.log import say
+from utils.core.signals import SIGNALS
+from utils.options.flags import build_parser
+from utils.options.parser import OneLineParser, is_path
+from utils.reports.comparison import FOOTPRINT, draw, markdown, read_row, text
+from utils.reports.style import save
+from utils.runs.checkpoint import LATEST, load_latest
+from utils.runs.folder import RESULTS
+from utils.runs.result_files import read_file, stem
 
 ROOT = Path(__file__).parent.parent
 COMMAND = "command.json"

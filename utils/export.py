@@ -24,13 +24,13 @@ from torch.utils import _pytree as pytree
 from models import BoostedNet
 from models.inference import fold_batch_norm
 from op_counter import measure_model
-from utils import checkpoint, operating_points
-from utils.augment import statistics_of
-from utils.cli import OneLineParser
-from utils.errors import UserError, user_errors
-from utils.files import atomic_write
-from utils.inference import load_model
-from utils.run import write_json
+from utils.core.errors import UserError, user_errors
+from utils.core.files import atomic_write, write_json
+from utils.data.augment import statistics_of
+from utils.evaluation import operating_points
+from utils.evaluation.fast_form import load_model
+from utils.options.parser import OneLineParser
+from utils.runs import checkpoint
 
 FORMAT = 1
 ABOUT = "model.json"

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import paper
-from utils.catalog import METHODS, method_title, title_of
-from utils.cli import OneLineParser
-from utils.errors import UserError, user_errors
-from utils.flags import FREE_ON_RESUME, NETWORK, build_parser
-from utils.reading import reading_words
-from utils.result_files import FAMILIES, FIELDS, HEADER, has, is_list_of, is_number, read_results
-from utils.run import RESULTS
-from utils.tables import Table, millions
+from utils.core.errors import UserError, user_errors
+from utils.core.tables import Table, millions
+from utils.evaluation.confidence import reading_words
+from utils.options.catalog import METHODS, method_title, title_of
+from utils.options.flags import FREE_ON_RESUME, NETWORK, build_parser
+from utils.options.parser import OneLineParser
+from utils.reports import paper
+from utils.runs.folder import RESULTS
+from utils.runs.result_files import FAMILIES, FIELDS, HEADER, has, is_list_of, is_number, read_results
 
 NOT_RUN = "not run"
 # How a run was judged, and what chance decided, make no other training.

@@ -14,10 +14,10 @@ from adaptive_inference import exit_shares, fit_thresholds, solve_exit_rate
 from models import BoostedNet, MSDNet, RANet
 from op_counter import measure_model
 from utils.benchmarks.measure import Measurement, count
-from utils.cli import list_of, number
-from utils.early_exit import SIZES_PER_DOUBLING, EarlyExit
-from utils.inference import FORMS, exit_times, load_model, prepare_for_inference
-from utils.tables import format_table
+from utils.core.tables import format_table
+from utils.evaluation.early_exit import SIZES_PER_DOUBLING, EarlyExit
+from utils.evaluation.fast_form import FORMS, exit_times, load_model, prepare_for_inference
+from utils.options.parser import list_of, number
 
 # The paper's networks for anytime prediction on CIFAR-100.
 NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from models import MSDNet
-from utils.augment import CIFAR_STATISTICS, IMAGENET_STATISTICS
 from utils.benchmarks.measure import Measurement, count, time_calls
-from utils.decoders import DECODERS
-from utils.device_images import DeviceImages
-from utils.errors import UserError
-from utils.imagefolder import FolderImages
-from utils.listing import Listing, scan
-from utils.sampling import plan_training
+from utils.core.errors import UserError
+from utils.data.augment import CIFAR_STATISTICS, IMAGENET_STATISTICS
+from utils.data.decoders import DECODERS
+from utils.data.device_images import DeviceImages
+from utils.data.folders import Listing, scan
+from utils.data.large_images import FolderImages
+from utils.data.sampling import plan_training
 
 
 def add_arguments(parser: ArgumentParser) -> None:

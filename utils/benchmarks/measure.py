@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.cli import whole
+from utils.options.parser import whole
 
 
 @dataclass(frozen=True)

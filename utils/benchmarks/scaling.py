@@ -11,16 +11,17 @@ import torch
 from adaptive_inference import budget_curve
 from models import BoostedNet, MSDNet
 from op_counter import measure_model
-from utils.augment import CIFAR_STATISTICS
 from utils.benchmarks.measure import Measurement, count, peak_memory, time_calls, training_clock
 from utils.benchmarks.sweep import synthetic_scores
-from utils.cli import list_of
-from utils.device_images import DeviceImages
-from utils.engine import EpochFigures, predict, train_epoch
+from utils.core.tables import format_table
+from utils.data.augment import CIFAR_STATISTICS
+from utils.data.device_images import DeviceImages
+from utils.data.sampling import Plan, plan_evaluation
+from utils.evaluation.predict import predict
 from utils.methods import Method
-from utils.optim import build_optimizer
-from utils.sampling import Plan, plan_evaluation
-from utils.tables import format_table
+from utils.options.parser import list_of
+from utils.training.engine import EpochFigures, train_epoch
+from utils.training.optim import build_optimizer
 
 
 class Work(NamedTuple):

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from models import BoostedNet
 from models.layers import run_separately
-from utils.augment import CIFAR_STATISTICS
 from utils.benchmarks.early_exit import NETWORKS
 from utils.benchmarks.measure import Clock, Measurement, count, peak_memory, training_clock
-from utils.cli import list_of
-from utils.device_images import DeviceImages
-from utils.engine import EpochFigures, train_epoch
+from utils.core.tables import format_table
+from utils.data.augment import CIFAR_STATISTICS
+from utils.data.device_images import DeviceImages
+from utils.data.sampling import plan_training
 from utils.methods import Method
-from utils.optim import build_optimizer
-from utils.sampling import plan_training
-from utils.tables import format_table
-from utils.training_forward import training_forward
+from utils.options.parser import list_of
+from utils.training.engine import EpochFigures, train_epoch
+from utils.training.fast_forward import training_forward
+from utils.training.optim import build_optimizer
 
 EPOCH_IMAGES = 50_000
 RELEASED, DEFAULT = "released manner", "default"

@@ -1,4 +1,4 @@
-"""The training methods by their names on the command line; what the command line knows of them is in `utils.catalog`."""
+"""The training methods by their names on the command line; what the command line knows of them is in `utils.options.catalog`."""
 from __future__ import annotations
 
 import argparse
@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from models import BoostedNet, build_backbone, expand_temperatures
-from utils import catalog
-from utils.distributed import world_size
-from utils.errors import UserError
+from utils.core.distributed import world_size
+from utils.core.errors import UserError
 from utils.methods.base import Method, Outcome
 from utils.methods.block_losses import BlockLosses
 from utils.methods.distillation import Distillation
 from utils.methods.imta import Collaboration
 from utils.methods.l2w import SampleWeighting
+from utils.options import catalog
 
 __all__ = ["METHODS", "Method", "Outcome", "build_method", "build_model", "require_one_process"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from utils.distributed import any_rank
+from utils.core.distributed import any_rank
 from utils.methods.losses import ExitLosses
 
 

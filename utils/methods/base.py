@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from models import BoostedNet
-from utils import checkpoint
 from utils.methods.bad_steps import BadSteps
 from utils.methods.losses import ExitLosses, cross_entropies
+from utils.runs import checkpoint
 
 
 class Outcome(NamedTuple):

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from models import BoostedNet, CollaborativeNet
-from utils import checkpoint
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.methods.base import Method, Outcome
 from utils.methods.losses import cross_entropies, divergence
+from utils.runs import checkpoint
 
 
 class Collaboration(Method):

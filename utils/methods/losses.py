@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.distributed import sum_over_ranks, world_size
+from utils.core.distributed import sum_over_ranks, world_size
 
 
 def cross_entropies(predictions: list[Tensor], labels: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Files, processes, signals, errors and logs: what every other package stands on."""

@@ -1,0 +1,164 @@
+"""The process group of a run started by torchrun; every helper is a no-op in a single process."""
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.core.errors import UserError, let_others_speak
+
+# A rank that waits this long for another one gives up; the launcher then ends the job.
+TIMEOUT = timedelta(minutes=10)
+
+
+@contextmanager
+def process_group(device: torch.device, backend: str | None = None) -> Iterator[None]:
+    """Join the processes that torchrun started, while the block runs; without torchrun's environment there is one process.
+
+    Args:
+        device: of this process.
+        backend: "nccl" or "gloo"; by default the one that fits the device.
+    Raises:
+        UserError: for NCCL without GPUs.
+    """
+    if "RANK" not in os.environ:
+        yield
+        return
+    cuda = device.type == "cuda"
+    if backend == "nccl" and not cuda:
+        raise UserError("--dist_backend nccl needs GPUs; leave it out to have the one that fits the device")
+    if cuda:
+        torch.cuda.set_device(device)
+    store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+    # torchrun keeps one store over its restarts, and the addresses of dead processes with it. A machine alone can tell its
+    # starts apart by their number; several machines count them differently (README, "Two machines").
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if world == local_world_size() else "0"
+    dist.init_process_group(backend or ("nccl" if cuda else "gloo"), store=dist.PrefixStore(f"start{start}", store), rank=rank,
+                            world_size=world, timeout=TIMEOUT, device_id=device if cuda else None)
+    try:
+        yield
+    except RuntimeError:
+        let_others_speak()   # most likely another process has left, and this is only how it shows here
+        raise
+    # Not after an error: the other processes may never come to this line, and some backends wait for them here.
+    dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """What to call for the training forward pass so that gradients are averaged over the processes.
+
+    On CUDA, batch normalisation takes its statistics over all processes; `model` itself is converted.
+    """
+    if world_size() == 1:
+        return model
+    cuda = device.type == "cuda"
+    if cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # The graph is the same in every step; said so, layers that no exit reads (in networks of some depths) do no harm.
+    return DistributedDataParallel(model, device_ids=[device.index] if cuda else None, static_graph=True)
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """True in the one process that writes files."""
+    return rank() == 0
+
+
+def same_everywhere(*values: object) -> bool:
+    """Whether all processes call this with the same values; all of them get the same answer."""
+    if world_size() == 1:
+        return True
+    digest = hashlib.sha256(repr(values).encode()).digest()
+    number = torch.tensor([int.from_bytes(digest[:7], "big")], device=_collective_device())
+    extremes = torch.cat([number, -number])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    return extremes[0].item() == -extremes[1].item()
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the buffers of the first one.
+
+    Without SyncBatchNorm every process has statistics of its own, and only the first one's are saved and worth evaluating.
+    """
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum of x over all processes, in every process; x itself is left alone."""
+    if world_size() == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def of_all_ranks(x: Tensor) -> Tensor:
+    """The x of each process (shape (...)) as one tensor (world_size, ...), in every process."""
+    if world_size() == 1:
+        return x[None]
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts)
+
+
+def gather_samples(x: Tensor, index: Tensor) -> Tensor:
+    """Columns of all processes put in order, in every process.
+
+    Args:
+        x: (rows, n) of this process, on the device that its backend works on.
+        index: (n,) int64, the position of each column in the whole.
+    Returns:
+        (rows, total) of the columns of all processes, by rising position.
+    """
+    if world_size() == 1:
+        return x
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([x.shape[1]], device=x.device))
+    longest = int(max(count.item() for count in counts))
+    parts = []
+    for values in (x, index.to(x.device)[None]):
+        padded = values.new_zeros(values.shape[0], longest)
+        padded[:, :values.shape[1]] = values
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded)
+        parts.append(torch.cat([g[:, :count] for g, count in zip(gathered, counts)], dim=1))
+    return parts[0][:, parts[1][0].argsort()]
+
+
+def any_rank(flag: bool | Tensor) -> bool:
+    """Whether `flag` is true in any process; all of them get the same answer. To be called by all of them."""
+    if world_size() == 1:
+        return bool(flag)
+    return sum_over_ranks(torch.tensor(int(flag), device=_collective_device())).item() > 0
+
+
+def _collective_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def local_rank() -> int:
+    """Index of this process on its machine, from torchrun's environment."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine, from torchrun's environment."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))

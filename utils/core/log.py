@@ -1,0 +1,54 @@
+"""What a run prints and logs."""
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from utils.core import distributed
+
+
+def open_log(path: Path | None = None) -> None:
+    """Log to the terminal, and append to a file where one is given."""
+    log = logging.getLogger("boostnet")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    close_log()
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.handleError = _nobody_listens
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(terminal)
+    if path is not None:
+        file = logging.FileHandler(path)
+        file.handleError = lambda record: None   # a full disk: the next checkpoint says so, and better
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        log.addHandler(file)
+
+
+def say(*lines: object) -> None:
+    """Print, in the first process. A reader that has gone, as in `| head`, ends the output and nothing else."""
+    if distributed.is_main():
+        try:
+            print(*lines, sep="\n", flush=True)
+        except BrokenPipeError:
+            _be_silent()
+
+
+def _nobody_listens(record: logging.LogRecord) -> None:
+    """Go on when stdout is a pipe whose reader has ended, as `tee` does at Ctrl-C."""
+    if isinstance(sys.exc_info()[1], BrokenPipeError):   # not for a single line that could not be written
+        _be_silent()
+
+
+def _be_silent() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def close_log() -> None:
+    log = logging.getLogger("boostnet")
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()

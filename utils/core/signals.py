@@ -1,0 +1,72 @@
+"""Signals that ask a run to stop: noted when they come, answered by the training loop between two steps."""
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from utils.core.errors import STOPPED
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopSignals:
+    """Takes note of SIGTERM, SIGINT and SIGUSR1 inside its `with` block; a second SIGINT raises KeyboardInterrupt at once.
+
+    Attributes:
+        received: name of the first signal that came, None before.
+        begun: whether there is a training loop to answer. Before that a signal ends the program, with nothing to save.
+    """
+
+    def __init__(self, begun: bool = True) -> None:
+        self.received: str | None = None
+        self.begun = begun
+        self._interrupted = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():   # Python allows handlers nowhere else
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.begun:
+            with suppress(OSError):
+                os.write(2, f"\n{signal.Signals(number).name}: stopped before the first step, nothing to save\n".encode())
+            raise SystemExit(STOPPED)
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+        self.received = self.received or signal.Signals(number).name
+        # print() must not be called here: the signal may have come in the middle of another print().
+        with suppress(OSError):   # the terminal may be gone
+            os.write(2, f"\n{self.received}: finishing this step, then saving (Ctrl-C twice leaves at once)\n".encode())
+
+
+def leave_signals_to_parent(worker: int = 0) -> None:
+    """For processes that load data: what a scheduler or Ctrl-C sends to the whole job, the training loop answers.
+
+    Only the first SIGTERM is ignored. It is also how a parent ends a process that hangs, and it tries more than once.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Signals wait until the block is over. Processes started in it are safe from them until `leave_signals_to_parent`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,1 @@
+"""Reading, splitting, ordering and augmenting images."""

@@ -1,0 +1,62 @@
+"""Arrays that are expensive to make, kept in one file and made again whenever their key or the file is not right."""
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from utils.core.files import atomic_write
+
+logger = logging.getLogger("boostnet")
+
+
+def user_cache_folder() -> Path:
+    """Where caches go that cannot lie beside the data: $XDG_CACHE_HOME/boostnet, by default ~/.cache/boostnet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "boostnet"
+
+
+def load_or_build(places: list[Path], key: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays stored under `key` in one of the files `places`, else those of `build()`, stored in the first writable one.
+
+    A file with another key is out of date; one that cannot be read (the archive format checks its own sums) or has other
+    arrays than were stored is damaged: both are replaced. Where no place is writable the arrays are simply not kept.
+    """
+    for place in places:
+        arrays = _read(place, key)
+        if arrays is not None:
+            return arrays
+    arrays = build()
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(place) as file:
+                np.savez(file, key=np.array(key), layout=np.array(_layout(arrays)), **arrays)
+            return arrays
+        except OSError as error:
+            logger.info("no cache at %s: %s", place, error)
+    logger.warning("none of %s is writable: the data will be prepared again next time", ", ".join(map(str, places)))
+    return arrays
+
+
+def _layout(arrays: dict[str, np.ndarray]) -> str:
+    """Names, types and shapes of the arrays."""
+    return "; ".join(f"{name} {arrays[name].dtype.str} {arrays[name].shape}" for name in sorted(arrays))
+
+
+def _read(place: Path, key: str) -> dict[str, np.ndarray] | None:
+    if not place.is_file():
+        return None
+    try:
+        with np.load(place, allow_pickle=False) as stored:
+            if str(stored["key"]) != key:
+                return None
+            arrays = {name: stored[name] for name in stored.files if name not in ("key", "layout")}
+            if str(stored["layout"]) != _layout(arrays):
+                raise ValueError("its arrays are not those that were stored")
+            return arrays
+    except Exception as error:  # a damaged archive raises nearly anything
+        logger.warning("%s is damaged (%s): preparing the data again", place, error)
+        return None

@@ -1,0 +1,105 @@
+"""Decoding image files, and all the small images of a class-folder data set as one array."""
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from utils.core.errors import UserError
+from utils.data.cache import load_or_build
+from utils.data.folders import Listing, cache_places, check_same_classes, find_test_folder, scan
+
+CHUNK = 500  # images per task of the decoding pool
+FORMAT = 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as 8-bit RGB; the shades of 16-bit grey are scaled down, not clipped."""
+    if image.mode.startswith("I"):  # "I;16", or "I" in older versions of Pillow
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def decode(path: str | Path) -> Image.Image:
+    """The image in `path` as RGB, whatever its extension claims.
+
+    Raises:
+        UserError: naming the file, when it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file, Image.open(file) as image:
+            return to_rgb(image)
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
+
+
+def read_class_folders(data_root: Path, image_size: int, quiet: bool = False) -> dict[str, np.ndarray]:
+    """All images under `data_root/{train,test}/<class>/` as arrays, through a cache of one file.
+
+    The cache lies beside the data, or in the user's cache folder when the data are read-only, and is renewed when any
+    file's name, size or time changes.
+
+    Returns:
+        {train,test}_images (n, 3, image_size, image_size) uint8, {train,test}_labels (n,) int64, class_names.
+    Raises:
+        FileNotFoundError: when a folder is missing.
+        UserError: on an unreadable image, one of another size, an empty class or differing classes.
+    """
+    train, test = scan(data_root / "train"), scan(find_test_folder(data_root))
+    check_same_classes(train, test)
+
+    def build() -> dict[str, np.ndarray]:
+        return {"train_images": decode_all(train, image_size, quiet), "train_labels": train.labels,
+                "test_images": decode_all(test, image_size, quiet), "test_labels": test.labels,
+                "class_names": np.array(train.class_names)}
+
+    key = f"{FORMAT} {image_size} {train.content_key()} {test.content_key()}"
+    return load_or_build(cache_places(data_root, "images"), key, build)
+
+
+def decode_all(listing: Listing, image_size: int, quiet: bool) -> np.ndarray:
+    """(n, 3, image_size, image_size) uint8 of every file in `listing`, decoded by all cores."""
+    paths = [listing.path(i) for i in range(len(listing.files))]
+    tasks = [(paths[start:start + CHUNK], image_size) for start in range(0, len(paths), CHUNK)]
+    images = np.empty((len(paths), 3, image_size, image_size), np.uint8)
+    with tqdm(total=len(paths), desc=f"reading {listing.folder.name} images", unit="img", disable=quiet or None) as bar:
+        for start, part in zip(range(0, len(paths), CHUNK), in_parallel(_decode_chunk, tasks)):
+            images[start:start + len(part)] = part
+            bar.update(len(part))
+    return images
+
+
+def _decode_chunk(task: tuple[list[str], int]) -> np.ndarray:
+    paths, size = task
+    images = np.empty((len(paths), 3, size, size), np.uint8)
+    for image, path in zip(images, paths):
+        decoded = decode(path)
+        if decoded.size != (size, size):
+            raise UserError(f"{path} is {decoded.width}x{decoded.height} pixels, but --image_size {size} needs every image "
+                            f"to be {size}x{size}; --image_size 224 crops and scales images of any size")
+        image[:] = np.asarray(decoded).transpose(2, 0, 1)
+    return images
+
+
+def in_parallel(function: Callable[[Any], Any], tasks: list) -> Iterator[Any]:
+    """Results of `function(task)` in the order of `tasks`, by one process per core where processes can be forked.
+
+    Forked workers start at once and need nothing imported; elsewhere (and for few tasks) the work is done here.
+    """
+    n_workers = min(_usable_cores(), len(tasks))
+    if n_workers < 2 or sys.platform != "linux":
+        yield from map(function, tasks)
+        return
+    with get_context("fork").Pool(n_workers) as pool:
+        yield from pool.imap(function, tasks)
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,130 @@
+"""From a trained network to a copy of it that answers fast."""
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models import BoostedNet
+from models.inference import fold_batch_norm, growing_form
+from models.layers import all_exits
+from utils.core.errors import UserError
+from utils.options.flags import build_parser
+from utils.runs import checkpoint
+from utils.runs.restore import check, require_same_hold_out, restore
+
+FORMS = ("growing", "folded", "compiled")
+
+
+def load_model(path: str | Path) -> tuple[BoostedNet, dict[str, Any]]:
+    """The network of a checkpoint of this project, in eval mode, and the content of the file.
+
+    Raises:
+        UserError: when the file does not say what network it holds.
+    """
+    saved = checkpoint.load(path)
+    if "architecture" not in saved:
+        raise UserError(f"{path} holds weights only, nothing about its network; expected a checkpoint of a training run here")
+    check(argparse.Namespace(**vars(build_parser().parse_args([])) | {"num_classes": None, "evaluate_from": path}), saved)
+    args = argparse.Namespace(**saved["architecture"], method=saved["method"], trainable_ensemble=False,
+                              evaluate_from=path)
+    return restore(args, saved).eval(), saved
+
+
+def load_teacher(path: str | Path, data) -> BoostedNet:
+    """The network of a checkpoint, to learn from on `data`.
+
+    Raises:
+        UserError: when it is of other classes or image size, or may have seen the images that are held out.
+    """
+    model, saved = load_model(path)
+    if saved["class_names"] != data.class_names:
+        raise UserError(f"{path} was trained on other classes than those of this data set")
+    if saved["architecture"]["image_size"] != data.image_size:
+        raise UserError(f"{path} is for images of {saved['architecture']['image_size']} pixels, these have {data.image_size}")
+    require_same_hold_out(saved, data, str(path))
+    return model
+
+
+def prepare_for_inference(model: BoostedNet, form: str | None = None) -> BoostedNet:
+    """A copy of a trained network for inference only; the network itself is left as it is.
+
+    In every form batch normalisation is part of the convolutions, which moves logits by rounding (about 1e-6 of their size).
+
+    Args:
+        form: "growing", the fastest on CPUs, keeps the features of a scale in one buffer instead of concatenating them
+            (`models.inference`); "folded" is the network's own code in the channels_last layout; "compiled" is "folded"
+            with every step through torch.compile, for any batch size, compiled at first use. Default: growing on the
+            CPU, folded on a GPU.
+    """
+    device = next(model.parameters()).device
+    form = form or ("growing" if device.type == "cpu" else "folded")
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}; choose one of {', '.join(FORMS)}")
+    ready = copy.deepcopy(model).eval().requires_grad_(False)
+    fold_batch_norm(ready.backbone)
+    if form == "growing":
+        ready.backbone = growing_form(ready.backbone).eval().requires_grad_(False)
+    else:
+        ready.backbone = ChannelsLast(ready.backbone, compiled=form == "compiled")
+    return ready
+
+
+@torch.inference_mode()
+def exit_times(model: BoostedNet, x: Tensor) -> np.ndarray:
+    """(n_exits,) seconds of every step of a network in eval mode on a batch that nobody leaves."""
+    def now() -> float:
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+        return time.perf_counter()
+
+    clock, scores = [now()], None
+    state = model.backbone.start(x)
+    for n in range(model.n_exits):
+        logits, state = model.backbone.step(n, state)
+        scores = model.add(n, logits, scores)
+        clock.append(now())
+    return np.diff(clock)
+
+
+class ChannelsLast(nn.Module):
+    """A backbone in the channels_last layout, its steps compiled on request."""
+
+    def __init__(self, backbone: nn.Module, *, compiled: bool) -> None:
+        super().__init__()
+        self.backbone = backbone.to(memory_format=torch.channels_last)
+        self._steps = [_Step(backbone, n) for n in range(backbone.n_exits)]
+        if compiled:
+            # All steps are the same function to torch.compile, and each has to be compiled for one and for several rows.
+            dynamo = torch._dynamo.config
+            dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * backbone.n_exits)
+            self._steps = [torch.compile(step, dynamic=True) for step in self._steps]
+
+    @property
+    def n_exits(self) -> int:
+        return self.backbone.n_exits
+
+    def start(self, x: Tensor):
+        return self.backbone.start(x.contiguous(memory_format=torch.channels_last))
+
+    def step(self, n: int, state) -> tuple[Tensor, object]:
+        return self._steps[n](state)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return all_exits(self, x)
+
+
+class _Step:
+    """One step of a backbone as a function of the state."""
+
+    def __init__(self, backbone: nn.Module, n: int) -> None:
+        self.backbone, self.n = backbone, n
+
+    def __call__(self, state):
+        return self.backbone.step(self.n, state)

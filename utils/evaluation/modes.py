@@ -1,0 +1,201 @@
+"""Both prediction modes of a trained network: anytime (every exit on all inputs) and budgeted batch (inputs leave early).
+
+Here all exits are computed for all inputs and leaving is simulated; `utils.evaluation.realtime` really leaves.
+"""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaptive_inference import budget_curve, flatten, patience_curve, released_curve, solve_exit_rate
+from models import BoostedNet
+from op_counter import measure_model
+from utils.core import distributed
+from utils.core.errors import UserError
+from utils.core.files import atomic_write, write_json
+from utils.core.log import say
+from utils.core.tables import format_table, millions
+from utils.evaluation.confidence import POLICIES, describe, read_exits
+from utils.evaluation.operating_points import finite, require_hold_out
+from utils.evaluation.predict import predict
+from utils.evaluation.published import publish
+from utils.evaluation.realtime import evaluate_realtime
+from utils.runs.checkpoint import hash_weights
+from utils.runs.restore import identify, restore
+from utils.runs.result_files import FAMILIES, stem
+
+# A hold-out mean cost further than this from its budget is pointed out.
+MISSED_BUDGET = 0.005
+
+
+def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torch.device) -> None:
+    """Evaluate a checkpoint's network as the flags ask; results go to --result_dir, by default beside the checkpoint.
+
+    Raises:
+        UserError: when weights and architecture differ, a budget is out of range, or thresholds lack a hold-out.
+    """
+    if saved.get("class_names", data.class_names) != data.class_names:
+        raise UserError(f"{args.evaluate_from} was trained on other classes than those of {args.data_root}; evaluate it with the "
+                        "data set it was trained on")
+    args.num_classes = args.num_classes or data.num_classes
+    model, reading = read_exits(args, restore(args, saved).to(device))
+    source = Path(args.evaluate_from).parent
+    folder = Path(args.publish or args.result_dir or source)
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+    # A released checkpoint says nothing about itself.
+    about = header(identify(args) | saved, folder, model, data, **reading)
+    if args.publish:
+        publish(model, saved, data, folder, about=about, source=source, dynamic=args.evalmode == "dynamic")
+    elif args.evalmode == "realtime":
+        evaluate_realtime(model, data, folder, about=about, budgets=args.budget, cost=args.cost, suffix=args.save_suffix)
+    elif args.policy == "patience":
+        evaluate_patience(model, data, folder, about=about, suffix=args.save_suffix)
+    elif args.evalmode == "dynamic":
+        evaluate_budgeted(model, data, folder, about=about, budgets=args.budget, released=args.sweep == "released",
+                          flat=args.flat_curve, suffix=args.save_suffix)
+    else:
+        evaluate_anytime(model, data, folder, about=about, suffix=args.save_suffix)
+
+
+def header(saved: dict[str, Any], folder: Path, model: BoostedNet, data, *, ensemble: str | None = None,
+           policy: str = "confidence") -> dict[str, Any]:
+    """What every result file says about the network it is of.
+
+    Args:
+        saved: content of its checkpoint.
+        ensemble: how `model` reads its exits (--ensemble); None for the way they were trained.
+        policy: what lets an input leave.
+    """
+    macs, params = measure_model(model, data.image_size, data.image_size)
+    split = saved.get("split")
+    return {"format": 1, "name": folder.resolve().name, "dataset": saved["dataset"], "method": saved["method"],
+            "arch": saved["architecture"]["arch"], "config": saved["architecture"], "ensemble": ensemble, "policy": policy,
+            "temperatures": list(model.temperatures), "epoch": saved.get("epoch"), "epoch_kind": saved.get("epoch_kind"),
+            "weights_hash": hash_weights(saved["state_dict"]), "split_hash": split["hash"] if split else None,
+            "n_valid": data.n_valid, "n_test": data.n_test, "macs": macs, "params": params}
+
+
+def evaluate_anytime(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], suffix: str = "") -> dict[str, Any]:
+    """Accuracy of every exit on the test set; prints the table, writes any*.txt, flops.pth and anytime*.json.
+
+    Args:
+        about: from `header`.
+        suffix: appended to the names of `utils.runs.result_files.stem`.
+    Returns:
+        The content of the JSON file.
+    """
+    test = predict(model, data.test())
+    result = {**about, "n_test": test.n_samples, "top1": test.top1, "top5": test.top5.tolist()}
+    if not distributed.is_main():
+        return result
+    rows = list(zip(about["macs"], about["params"], result["top1"], result["top5"], strict=True))
+    name = stem("anytime", result, suffix)
+    _write_columns(folder / f"any{name.removeprefix('anytime')}.txt", rows)
+    _write_costs(folder, about["macs"])
+    write_json(folder / f"{name}.json", result)
+    say(format_table(["exit", "10^6 MACs", "10^6 params", "top-1 %", "top-5 %"],
+                     [[n + 1, millions(macs), f"{params / 1e6:.3f}", f"{top1:.2f}", f"{top5:.2f}"]
+                      for n, (macs, params, top1, top5) in enumerate(rows)],
+                     title=f"\nAnytime prediction: {_describe(about)}, {result['n_test']} test images"))
+    return result
+
+
+def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], budgets: Sequence[float] | None = None,
+                      released: bool = False, flat: bool = False, suffix: str = "") -> dict[str, Any]:
+    """Accuracy where inputs leave early, thresholds fitted on the hold-out and applied to the test set.
+
+    Prints one row per budget and writes dynamic*.txt, dynamic*.json and flops.pth.
+
+    Args:
+        budgets: average MACs per image; None takes 40 evenly over what the network can spend.
+        released: the 39-point sweep of the released program in place of budgets.
+        flat: a larger budget that does not raise hold-out accuracy changes nothing.
+    Returns:
+        The content of the JSON file.
+    Raises:
+        UserError: without a hold-out, or for a budget out of range.
+    """
+    require_hold_out(data)
+    macs = about["macs"]
+    for budget in budgets or []:   # a budget out of range is refused before the network runs
+        solve_exit_rate(macs, budget)
+    measure = POLICIES[about["policy"]]
+    valid, test = predict(model, data.valid(), measure), predict(model, data.test(), measure)
+    arrays = (valid.confidence, valid.correct, test.confidence, test.correct, macs)
+    fitted = released_curve(*arrays, flat=flat) if released else budget_curve(*arrays, budgets)
+    points = flatten(fitted) if flat and not released else fitted
+    about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
+    result = {**about, "family": "released" if released else "eq9", "flat": flat, "augmented_hold_out": data.augment_valid,
+              "points": [{**point, "thresholds": finite(point["thresholds"])} for point in points]}
+    if distributed.is_main():
+        _report_budgeted(result, folder, suffix)
+        if not released:
+            _warn_of_missed_budgets(fitted, valid.n_samples)
+    return result
+
+
+def evaluate_patience(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], suffix: str = "") -> dict[str, Any]:
+    """Accuracy where inputs leave at the first exit that ends k exits in a row with the same answer, for every k.
+
+    Prints one row per k and writes dynamic*.txt, flops.pth and dynamic*.json, whose content it returns.
+
+    Raises:
+        UserError: without a hold-out.
+    """
+    require_hold_out(data)
+    valid, test = (predict(model, batches, POLICIES["patience"]) for batches in (data.valid(), data.test()))
+    points = patience_curve(valid.confidence, valid.correct, test.confidence, test.correct, about["macs"])
+    about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
+    result = {**about, "family": "patience", "flat": False, "augmented_hold_out": data.augment_valid, "points": points}
+    if distributed.is_main():
+        _report_budgeted(result, folder, suffix)
+    return result
+
+
+def _report_budgeted(result: dict[str, Any], folder: Path, suffix: str) -> None:
+    """Write the files of a curve and print its table."""
+    name = stem("dynamic", result, suffix)
+    _write_columns(folder / f"{name}.txt", [(point["test_mean_macs"], point["test_top1"]) for point in result["points"]])
+    _write_costs(folder, result["macs"])
+    write_json(folder / f"{name}.json", result)
+    family = FAMILIES[result["family"]]
+    augmented = " with training augmentation" if result["augmented_hold_out"] else ""
+    rows = []
+    for point in result["points"]:
+        shares = " ".join(f"{100 * share:3.0f}" for share in point["test_exit_share"])
+        rows.append([family.show(point[family.key]), millions(point["valid_mean_macs"]), millions(point["test_mean_macs"]),
+                     f"{point['valid_top1']:.2f}", f"{point['test_top1']:.2f}", shares])
+    fitted = "thresholds from " if result["family"] != "patience" else ""
+    say(format_table([family.column, "hold-out MACs", "test MACs", "hold-out top-1", "test top-1",
+                      "test exits, %"], rows,
+                     title=f"\nBudgeted batch, {family.title}{', flat curve' if result['flat'] else ''}: {_describe(result)}\n"
+                           f"{fitted}{result['n_valid']} held-out images{augmented}, {result['n_test']} test images, "
+                           "10^6 MACs per image"))
+
+
+def _warn_of_missed_budgets(points: Sequence[dict[str, Any]], n_valid: int) -> None:
+    # Of the points as they were fitted: a flat curve spends less than its budget on purpose.
+    misses = {point["budget"]: point["valid_mean_macs"] / point["budget"] - 1 for point in points}
+    missed = [f"{millions(budget)} ({100 * miss:+.1f} %)" for budget, miss in misses.items() if abs(miss) > MISSED_BUDGET]
+    if missed:
+        say(f"warning: thresholds from {n_valid} held-out images do not meet these budgets more closely: {', '.join(missed)}")
+
+
+def _describe(about: dict[str, Any]) -> str:
+    described = f"{about['arch']} {describe(about)} {about['dataset']}"
+    return f"{described} epoch {about['epoch']} ({about['epoch_kind']})" if about["epoch"] else described
+
+
+def _write_columns(path: Path, rows: Sequence[Sequence[float]]) -> None:
+    with atomic_write(path) as file:
+        file.write("".join("\t".join(f"{value}" for value in row) + "\n" for row in rows).encode())
+
+
+def _write_costs(folder: Path, macs: list[int]) -> None:
+    with atomic_write(folder / "flops.pth") as file:
+        torch.save(macs, file)

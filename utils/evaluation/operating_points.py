@@ -1,0 +1,96 @@
+"""Exit thresholds of a trained network: fitted for a budget on its hold-out, or as an evaluation left them in the run folder."""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adaptive_inference import exit_shares, fit_thresholds, solve_exit_rate
+from utils.core.errors import UserError
+from utils.runs.checkpoint import hash_weights
+from utils.runs.result_files import stem
+
+# Budgets where none are asked for, as shares of the way from the cost of the first exit to that of the last.
+DEFAULT_BUDGETS = (0.1, 0.275, 0.45, 0.625, 0.8)
+
+
+def require_hold_out(data) -> None:
+    """Raise UserError where there are no images to fit thresholds or choose a patience on."""
+    if not data.n_valid:
+        raise UserError("operating points are chosen on held-out training images, and this checkpoint knows of none; train with "
+                        "--use-valid")
+
+
+def between(costs: Sequence[float], fraction: float) -> float:
+    """The budget at a share of the way from the cost of the first exit to that of the last."""
+    return costs[0] + fraction * (costs[-1] - costs[0])
+
+
+def check(costs: Sequence[float], budget: float, cost: str = "macs") -> None:
+    """Raise UserError for a budget that a network with these cumulative costs cannot spend on average."""
+    solve_exit_rate(costs, budget, unit="ms" if cost == "latency" else "MACs")
+
+
+def fit(confidence, costs: Sequence[float], budget: float) -> np.ndarray:
+    """Thresholds that spend `budget` on average on inputs like those of `confidence` (n_exits, N) (eq. 9)."""
+    return fit_thresholds(confidence, exit_shares(solve_exit_rate(costs, budget), len(costs)))
+
+
+def finite(thresholds: Sequence[float]) -> list[float]:
+    """Thresholds for JSON, which has no infinity: confidences lie in [0, 1], so 2 keeps everybody and -1 lets everybody go."""
+    return [float(min(max(t, -1.0), 2.0)) for t in thresholds]
+
+
+def stored(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperatures: Sequence[float] | None = None,
+           ensemble: str | None = None, policy: str = "confidence") -> list[dict[str, Any]]:
+    """Points that `--evalmode dynamic` wrote for this very checkpoint; [] where there are none.
+
+    Args:
+        folder: of the evaluation's results.
+        saved: content of the checkpoint.
+        suffix: appended to the file's name.
+        temperatures: of the network that reads the exits, where not those of the checkpoint.
+        ensemble, policy: how the exits are read, as from `reading.read_exits`.
+    """
+    read = {"temperatures": list(temperatures or saved.get("temperatures") or []), "ensemble": ensemble, "policy": policy}
+    path = folder / f"{stem('dynamic', read, suffix)}.json"
+    try:
+        curve = json.loads(path.read_text())
+        _check_curve(curve)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); evaluate with --evalmode dynamic again") from error
+    split = saved.get("split")
+    trained = {"method": saved.get("method"), "config": saved.get("architecture")}
+    weights = curve.get("weights_hash")   # older files have none
+    same = (weights in (None, hash_weights(saved["state_dict"])) and curve.get("epoch") == saved.get("epoch")
+            and all(curve.get(name, how) == how for name, how in read.items())
+            and all(how is None or curve.get(name) == how for name, how in trained.items())
+            and curve.get("split_hash") == (split["hash"] if split else None))
+    return curve["points"] if same and curve.get("family") == "eq9" and not curve.get("flat") else []
+
+
+def _check_curve(curve: Any) -> None:
+    """Raise ValueError where a curve lacks what is read of it; of points, only those by eq. 9 are read."""
+    if not isinstance(curve, dict) or not isinstance(curve.get("macs"), list) or not isinstance(curve.get("points"), list):
+        raise ValueError("it is no curve")
+    for point in curve["points"] if curve.get("family") == "eq9" else []:
+        thresholds = point.get("thresholds") if isinstance(point, dict) else None
+        numbers = [point.get("budget"), point.get("test_top1"), *thresholds] if isinstance(thresholds, list) else [None]
+        if len(numbers) != 2 + len(curve["macs"]) or not all(_is_number(x) for x in numbers) or point["budget"] <= 0:
+            raise ValueError("a point has not a budget, an accuracy and one threshold for each exit")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -1e30 < value < 1e30
+
+
+def choose(points: Sequence[dict[str, Any]], costs: Sequence[float], budget: float | None) -> dict[str, Any] | None:
+    """The point of a budget; without a budget, the one nearest to half of what the exits span. None where it is missing."""
+    if budget is None:
+        return min(points, key=lambda point: abs(point["budget"] - between(costs, 0.5)), default=None)
+    return next((point for point in points if abs(point["budget"] / budget - 1) < 1e-9), None)

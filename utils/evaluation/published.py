@@ -1,0 +1,192 @@
+"""Publish an evaluated network: its weights in half precision, and arrays from which its curves are drawn again in seconds.
+
+    python eval_cifar100.py --data-root data --evaluate-from RUN/model_latest.pth --publish published/boost
+    python eval_cifar100.py --data-root data --evaluate-from RUN/model_best.pth --publish published/boost --evalmode dynamic
+    python -m utils.publish published/boost       # writes the curves anew: neither data, network nor weights are needed
+
+The first command writes model_anytime.pth, arrays_anytime.npz and anytime.json, the second model_dynamic.pth,
+arrays_dynamic.npz, dynamic.json and dynamic_released.json. All figures are those of the half-precision file and of the arrays.
+"""
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from adaptive_inference import budget_curve, released_curve
+from models import BoostedNet
+from utils.core import distributed, lock
+from utils.core.errors import UserError
+from utils.core.files import atomic_write, write_json
+from utils.core.log import say
+from utils.core.tables import format_table
+from utils.evaluation.operating_points import finite, require_hold_out
+from utils.evaluation.predict import Predictions, predict
+from utils.options.parser import rising
+from utils.runs import checkpoint
+from utils.runs.folder import RESULTS, SPLIT
+from utils.runs.result_files import is_list_of, is_number
+
+KINDS = ("anytime", "dynamic")
+CURVES = ("anytime", "dynamic", "dynamic_released")   # files that are drawn from the arrays
+# Flags that say where things lie on the machine of the run.
+PATHS = ("result_dir", "tensorboard_dir", "data_root", "checkpoint", "teacher")
+
+
+class Arrays(NamedTuple):
+    """What a network said about one set of images.
+
+    Attributes:
+        confidence: (n_exits, N) float32, rounded to the half precision that the file has.
+        correct: (n_exits, N) bool.
+    """
+
+    confidence: np.ndarray
+    correct: np.ndarray
+
+    @classmethod
+    def of(cls, found: Predictions) -> Arrays:
+        return cls(found.confidence.half().float().numpy(), found.correct.numpy())
+
+    @property
+    def top1(self) -> list[float]:
+        """Percent correct at every exit."""
+        return (100 * self.correct.mean(axis=1)).tolist()
+
+
+def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Kernels and matrices in half precision; vectors (batch norm, biases) are few and may be tiny or large: they stay."""
+    return {name: tensor.half() if tensor.is_floating_point() and tensor.ndim > 1 else tensor for name, tensor in weights.items()}
+
+
+def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, about: dict[str, Any], source: Path,
+            dynamic: bool) -> None:
+    """Write all that is published of a checkpoint, and print what half precision changes.
+
+    Args:
+        model: the checkpoint's network; it ends with the rounded weights.
+        saved: content of the checkpoint.
+        about: from `utils.evaluation.modes.header`.
+        source: folder of the run, with its results.json.
+        dynamic: budgeted batch with hold-out and released sweep, in place of anytime prediction.
+    Raises:
+        UserError: for a checkpoint without its network's description, thresholds to be fitted with nothing held out, or a folder
+            with files of something else.
+    """
+    if "architecture" not in saved:   # a file that no program here could read again
+        raise UserError("--publish is for checkpoints of training runs here; this one says nothing about its network")
+    results = _read_results(source)
+    _require_own_folder(folder, about, results)
+    if dynamic:
+        require_hold_out(data)
+    full = predict(model, data.test())
+    content = {name: value for name, value in saved.items() if name != "training"}
+    content["state_dict"] = half(model.backbone.state_dict())
+    model.backbone.load_state_dict(content["state_dict"])
+    rounded = predict(model, data.test())
+    parts = {"test": Arrays.of(rounded)} | ({"valid": Arrays.of(predict(model, data.valid()))} if dynamic else {})
+    about = {**about, **{f"n_{name}": part.correct.shape[1] for name, part in parts.items()},
+             "weights_hash": checkpoint.hash_weights(content["state_dict"]),   # of those that are published
+             "precision": "half", "top1_float32": full.top1, "top5": rounded.top5.tolist()}
+    kind = "dynamic" if dynamic else "anytime"
+    if not distributed.is_main():
+        return
+    checkpoint.save(folder / f"model_{kind}.pth", content)
+    save_arrays(folder / f"arrays_{kind}.npz", about, parts)
+    if results:
+        write_json(folder / RESULTS, results)
+    redraw(folder, kind)
+    changed = (full.correct != rounded.correct).sum(dim=1).tolist()
+    say(format_table(["exit", "float32 top-1 %", "half top-1 %", "answers changed"],
+                     [[n + 1, f"{a:.2f}", f"{b:.2f}", c] for n, (a, b, c) in enumerate(zip(full.top1, rounded.top1, changed))],
+                     title=f"\n{folder}: {rounded.n_samples} test images; an answer changed where it became right or wrong"))
+
+
+def _read_results(run: Path) -> dict[str, Any] | None:
+    """results.json of a run as it is published: with the names of folders in place of their paths, which are nobody's concern."""
+    path = run / RESULTS
+    if not path.exists():
+        return None
+    try:
+        results = json.loads(path.read_text())
+        config = {name: Path(value).name if name in PATHS and value else value for name, value in results["config"].items()}
+        return {**results, "config": config}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not the {RESULTS} of a run ({type(error).__name__} {error}); put it right or away") from error
+
+
+def _require_own_folder(folder: Path, about: dict[str, Any], results: dict[str, Any] | None) -> None:
+    """Refuse a folder where files of a run, or of anything else, would be overwritten or mixed up with what is published."""
+    if any((folder / name).exists() for name in (*checkpoint.NAMES, SPLIT, lock.NAME)):
+        raise UserError(f"{folder} holds a run, whose evaluation files would be overwritten; name another folder for --publish")
+    ours = [*(f"{part}_{kind}" for part, kind in product(("model", "arrays"), KINDS)), *CURVES]
+    there = [path for path in folder.glob("*")
+             if path.stem in (*ours, Path(RESULTS).stem) and path.suffix in (".json", ".pth", ".npz")]
+    arrays = [path for path in there if path.name.startswith("arrays_")]
+    if there and not arrays:
+        raise UserError(f"{there[0]} is of something else and would be overwritten; name a new folder for --publish")
+    for path in arrays:
+        before = load_arrays(path)[0]
+        named = ("dataset", "method", "config", "temperatures", "split_hash")
+        other = [name for name in named if before.get(name) != about[name]]
+        if other:
+            raise UserError(f"{folder} holds another published network, with another {other[0]}; name a new folder for --publish")
+    if arrays and (_read_results(folder) or {}).get("config") != (results or {}).get("config"):
+        raise UserError(f"{folder} holds another published run, of other flags; name a new folder for --publish")
+
+
+def save_arrays(path: Path, about: dict[str, Any], parts: dict[str, Arrays]) -> None:
+    """Write confidences in half precision and one bit for each answer."""
+    arrays = {"about": np.array(json.dumps(about))}
+    for name, part in parts.items():
+        arrays |= {f"{name}_confidence": part.confidence.astype(np.float16), f"{name}_correct": np.packbits(part.correct, axis=1)}
+    with atomic_write(path) as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_arrays(path: Path) -> tuple[dict[str, Any], dict[str, Arrays]]:
+    """Inverse of `save_arrays`.
+
+    Raises:
+        UserError: when the file is something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            about, parts = dict(json.loads(str(file["about"]))), {}
+            for name in ("test", "valid"):
+                if f"{name}_confidence" in file:
+                    confidence = file[f"{name}_confidence"].astype(np.float32)
+                    correct = np.unpackbits(file[f"{name}_correct"], axis=1, count=confidence.shape[1]).astype(bool)
+                    parts[name] = Arrays(confidence, correct)
+        return about, parts
+    except Exception as error:   # zipfile, NumPy and json have a dozen ways to say it
+        raise UserError(f"{path} is not a file of published arrays: {error}") from error
+
+
+def redraw(folder: Path, kind: str) -> list[Path]:
+    """Write the curves of `kind` ("anytime" or "dynamic") from the arrays in `folder`, and return their files."""
+    path = folder / f"arrays_{kind}.npz"
+    about, parts = load_arrays(path)
+    needed = {"test"} if kind == "anytime" else {"test", "valid"}
+    n_exits = {len(part) for arrays in parts.values() for part in arrays}
+    macs = about.get("macs")
+    drawable = is_list_of(is_number, macs) and all(step > 0 for step in rising(macs)) and n_exits == {len(macs)}
+    if parts.keys() != needed or not drawable or "top5" not in about:
+        raise UserError(f"{path} does not hold what {kind} curves are drawn from")
+    test = parts["test"]
+    top5 = about.pop("top5")
+    if kind == "anytime":
+        curves = {"anytime": {**about, "top1": test.top1, "top5": top5}}
+    else:
+        both = (*parts["valid"], *test, about["macs"])
+        curves = {name: {**about, "family": family, "flat": False, "augmented_hold_out": False,
+                         "points": [{**point, "thresholds": finite(point["thresholds"])} for point in points]}
+                  for name, family, points in (("dynamic", "eq9", budget_curve(*both)),
+                                               ("dynamic_released", "released", released_curve(*both)))}
+    for name, curve in curves.items():
+        write_json(folder / f"{name}.json", curve)
+    return [folder / f"{name}.json" for name in curves]

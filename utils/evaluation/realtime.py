@@ -1,0 +1,129 @@
+"""Early exit for real over a test set: accuracy, MACs and time, beside what the simulation says."""
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptive_inference import evaluate_thresholds, exit_index
+from models import BoostedNet
+from utils.core import distributed
+from utils.core.errors import UserError
+from utils.core.files import write_json
+from utils.core.log import say
+from utils.core.machine import versions
+from utils.core.tables import format_table, millions
+from utils.evaluation import operating_points
+from utils.evaluation.confidence import POLICIES, describe
+from utils.evaluation.early_exit import EarlyExit
+from utils.evaluation.fast_form import exit_times, prepare_for_inference
+from utils.evaluation.predict import Predictions, predict
+from utils.runs.result_files import stem
+
+REPEATS = 7
+# A sample whose confidence is this close to a threshold may leave at another exit in a batch of another size.
+ROUNDING = 1e-6
+
+
+def evaluate_realtime(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], budgets: Sequence[float] | None = None,
+                      cost: str = "macs", suffix: str = "") -> dict[str, Any]:
+    """Run early exit over the test set; prints one row per budget and writes realtime*.json.
+
+    Args:
+        budgets: average cost per image; None takes five between the costs of the first and of the last exit.
+        cost: "macs", or "latency" for budgets in milliseconds per image. The cost of an exit is then measured here, on a
+            batch of the evaluation's size.
+    Returns:
+        The content of the JSON file.
+    Raises:
+        UserError: without a hold-out, for a budget out of range, or in several processes.
+    """
+    if distributed.world_size() > 1:
+        raise UserError("early exit is measured in one process; start the script without torchrun")
+    operating_points.require_hold_out(data)
+    ready = prepare_for_inference(model)
+    latency_ms = measure_latency(ready, next(iter(data.valid())).images)
+    costs = latency_ms.tolist() if cost == "latency" else about["macs"]
+    budgets = budgets or [operating_points.between(costs, fraction) for fraction in operating_points.DEFAULT_BUDGETS]
+    for budget in budgets:   # a budget out of range is refused before the network runs
+        operating_points.check(costs, budget, cost)
+    measure = POLICIES[about["policy"]]
+    valid, test = predict(ready, data.valid(), measure), predict(ready, data.test(), measure)
+    points = []
+    for budget in budgets:
+        thresholds = operating_points.fit(valid.confidence, costs, budget)
+        early_exit = EarlyExit(ready, thresholds, measure=measure)
+        promised = evaluate_thresholds(valid.confidence, valid.correct, thresholds, costs)[1]
+        points.append({"budget": budget, "thresholds": operating_points.finite(thresholds), "valid_mean_cost": promised,
+                       **_run(early_exit, data.test(), test, thresholds, about["macs"], latency_ms)})
+    about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
+    result = {**about, "cost": cost, "batch_size": len(next(iter(data.test())).images), "latency_ms": latency_ms.tolist(),
+              "versions": versions(next(model.parameters()).device), "points": points}
+    write_json(folder / f"{stem('realtime', result, suffix)}.json", result)
+    _print(result)
+    return result
+
+
+def measure_latency(model: BoostedNet, images: Tensor) -> np.ndarray:
+    """(n_exits,) milliseconds per image to reach every exit when the whole batch does: medians of the steps, summed up."""
+    exit_times(model, images)   # the first pass allocates, and compiles where that was asked for
+    steps = np.median([exit_times(model, images) for _ in range(REPEATS)], axis=0)
+    return np.cumsum(steps) * 1e3 / len(images)
+
+
+def _run(early_exit: EarlyExit, batches, simulated: Predictions, thresholds: np.ndarray, macs: Sequence[int],
+         latency_ms: np.ndarray) -> dict[str, Any]:
+    """Figures of one pass over the test set. The time is that of classifying; reading the images is not in it."""
+    seconds, exits, correct = 0.0, [], []
+    for i, (images, labels, _) in enumerate(batches):
+        if i == 0:
+            early_exit(images)   # not timed, like every first pass
+        start = _now(images)
+        prediction, _, exit_ = early_exit(images)
+        seconds += _now(images) - start
+        exits.append(exit_)
+        correct.append(prediction == labels)
+    exit_, correct = torch.cat(exits).cpu().numpy(), torch.cat(correct).cpu().numpy()
+    expected = exit_index(simulated.confidence, thresholds)
+    top1, mean_macs, share = evaluate_thresholds(simulated.confidence, simulated.correct, thresholds, macs)
+    expected_correct = simulated.correct.numpy()[expected, np.arange(len(expected))]
+    differ = np.flatnonzero((exit_ != expected) | (correct != expected_correct))
+    first = np.minimum(exit_, expected)[differ]
+    near = np.abs(simulated.confidence.numpy()[first, differ] - thresholds[first]) <= ROUNDING
+    exit_share = np.bincount(exit_, minlength=len(macs)) / len(exit_)
+    return {"top1": 100 * float(correct.mean()), "mean_macs": float(exit_share @ np.asarray(macs, np.float64)),
+            "exit_share": exit_share.tolist(), "seconds": seconds, "ms_per_image": 1e3 * seconds / len(exit_),
+            "predicted_ms": float(exit_share @ latency_ms), "simulated_top1": top1, "simulated_mean_macs": mean_macs,
+            "simulated_exit_share": share.tolist(), "n_differ": len(differ), "n_differ_by_rounding": int(near.sum())}
+
+
+def _now(images: Tensor) -> float:
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    return time.perf_counter()
+
+
+def _print(result: dict[str, Any]) -> None:
+    in_ms, points, machine = result["cost"] == "latency", result["points"], result["versions"]
+    unit = "ms" if in_ms else "MACs"
+    rows = []
+    for point in points:
+        asked, promised = ((f"{point[name]:.4g}" if in_ms else millions(point[name])) for name in ("budget", "valid_mean_cost"))
+        rows.append([asked, promised, millions(point["mean_macs"]), millions(point["simulated_mean_macs"]),
+                     f"{point['top1']:.2f}", f"{point['simulated_top1']:.2f}", f"{point['seconds']:.2f}",
+                     f"{point['ms_per_image']:.4g}", f"{point['predicted_ms']:.4g}", point["n_differ"],
+                     " ".join(f"{100 * share:3.0f}" for share in point["exit_share"])])
+    title = (f"\nEarly exit in real time: {result['arch']} {describe(result)} {result['dataset']}, {result['n_test']} test "
+             f"images in batches of {result['batch_size']}, 10^6 MACs and ms per image\n"
+             f"{machine['device']}, {machine['threads']} CPU threads, torch {machine['torch']}; to reach each exit "
+             f"{' '.join(f'{ms:.3g}' for ms in result['latency_ms'])} ms per image")
+    say(format_table([f"budget, {unit}", f"hold-out {unit}", "test MACs", "simulated", "top-1", "simulated", "wall s",
+                      "ms/image", "predicted", "differ", "exits, %"], rows, title=title))
+    n_differ, near = (sum(point[name] for point in points) for name in ("n_differ", "n_differ_by_rounding"))
+    say(f"{n_differ} of {result['n_test'] * len(points)} answers differ from the simulation, {near} of them where a confidence "
+        f"lies within {ROUNDING:g} of its threshold")

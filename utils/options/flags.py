@@ -1,0 +1,263 @@
+"""Every flag of the scripts: spelling, form, default and help. What values and combinations make sense, `args` says."""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+
+from utils.options.catalog import DATASETS, METHOD_ALIASES, METHODS
+from utils.options.parser import OneLineParser, list_of, number, true_false, whole
+
+IMAGE_SIZES = (32, 224)
+DECODERS = ("pillow", "torchcodec")   # those of utils.data.decoders, which takes long to import
+ENSEMBLES = ("none", "boost", "average", "poe")   # those of utils.evaluation.confidence, likewise
+POLICIES = ("confidence", "entropy", "margin", "patience")
+
+# Dest names of the flags that describe the network.
+NETWORK = ("arch", "nBlocks", "base", "step", "stepmode", "nChannels", "growthRate", "grFactor", "bnFactor", "prune",
+           "reduction", "bottleneck", "block_step", "scale_list", "compress_factor")
+
+# What a resumed run may be told anew: where it runs, what it shows, how it meets trouble, and what only evaluation reads. All
+# other flags make the model, the data or the schedule; --epochs has a rule of its own.
+FREE_ON_RESUME = frozenset((
+    "result_dir", "tensorboard_dir", "data_root", "resume", "checkpoint", "start_epoch", "workers", "val_workers", "device",
+    "gpu", "threads", "deterministic", "print_freq", "on_nan", "skip_unreadable", "distributed", "dist_backend", "local_rank",
+    "bnAfter", "evaluate_from", "evalmode", "ensemble", "policy", "budget", "cost", "images", "sweep", "flat_curve", "publish",
+    "save_suffix",
+))
+
+per_scale = list_of(whole, "-", "1-2-4")
+
+
+class Milliseconds(float):
+    """A budget in milliseconds per image, on the command line with its unit: 3.5ms."""
+
+
+def budget(text: str) -> float:
+    return Milliseconds(number(text.strip()[:-2])) if text.strip().endswith("ms") else number(text)
+
+
+def build_parser(datasets: Sequence[str] = tuple(DATASETS)) -> OneLineParser:
+    """The parser of every script.
+
+    Args:
+        datasets: data sets the script works on; the default is cifar100 where it is among them, else the first.
+    """
+    parser = OneLineParser(
+        usage="%(prog)s [flags]",
+        allow_abbrev=False,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=32),
+        description="BoostNet: boosted early-exit networks (arXiv:2211.16726). All scripts share these flags.",
+    )
+    _run_flags(parser)
+    _data_flags(parser, datasets)
+    _network_flags(parser)
+    _method_flags(parser)
+    _training_flags(parser)
+    _speed_flags(parser)
+    _evaluation_flags(parser)
+    _distributed_flags(parser)
+    return parser
+
+
+def _run_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("run").add_argument
+    add("--result_dir", metavar="DIR", help="everything the run writes goes here; training needs it")
+    add("--tensorboard_dir", metavar="DIR", help="TensorBoard event files (default: inside --result_dir)")
+    add("--resume", action="store_true", help="continue the run in --result_dir from its latest good checkpoint")
+    add("--checkpoint", metavar="FILE", help="start training from the weights in this file")
+    add("--seed", type=whole, default=0, metavar="N",
+        help="seed of weights, data order, augmentation and hold-out split (default: %(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="auto is cuda where there is one, else cpu (default: %(default)s)")
+    add("--gpu", default="0", metavar="N[,N]", help="GPUs to use, no effect on the CPU (default: %(default)s)")
+    add("--threads", type=whole, metavar="N", help="CPU threads of PyTorch (default: PyTorch's own choice)")
+    add("--deterministic", action="store_true",
+        help="make CUDA give the same bits in every run, at some cost in speed; the CPU always does")
+    add("--print-freq", "-p", type=whole, default=10, metavar="N",
+        help="steps between two looks at the running loss (default: %(default)s)")
+
+
+def _data_flags(parser: argparse.ArgumentParser, datasets: Sequence[str]) -> None:
+    add = parser.add_argument_group("data").add_argument
+    default_dataset = "cifar100" if "cifar100" in datasets else datasets[0]
+    add("--dataset", choices=tuple(datasets), default=default_dataset,
+        help="glyphs is synthetic and needs no files; folder is DATA_ROOT/{train,test}/CLASS/IMAGE "
+             "(default: %(default)s)")
+    add("--data-root", default="data", metavar="DIR", help="folder of the data set (default: %(default)s)")
+    add("--image_size", type=whole, metavar="N",
+        help="side of the images in pixels, 32 or 224; only --dataset folder leaves the choice (default there: 32)")
+    add("--use-valid", action="store_true",
+        help="hold part of the training set out, for model choice and exit thresholds")
+    add("--valid_size", type=whole, metavar="N",
+        help="images to hold out (default: 5000 of CIFAR, 50000 of ImageNet, 2000 of glyphs, a tenth of a folder)")
+    add("--workers", type=whole, default=4, metavar="N",
+        help="processes that load training images; 32-pixel data sets live on the device and use none "
+             "(default: %(default)s)")
+    add("--val_workers", type=whole, default=1, metavar="N",
+        help="the same for hold-out and test images (default: %(default)s)")
+    add("--decoder", choices=DECODERS, default="pillow",
+        help="what decodes and scales images of 224 pixels: pillow as in the paper, or torchcodec, which is faster and rounds a "
+             "few pixels differently (default: %(default)s)")
+    add("--skip_unreadable", action="store_true",
+        help="count, log and leave out images of 224 pixels that cannot be read, instead of stopping at the first one")
+
+
+def _network_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("network", "lists have one entry per scale (MSDNet) or sub-network (RANet)").add_argument
+    add("--arch", choices=("msdnet", "msdnet_ge", "ranet", "ranet_ge"), default="msdnet_ge",
+        help="_ge: with gradient rescaling (default: %(default)s)")
+    add("--nBlocks", type=whole, default=1, metavar="N",
+        help="MSDNet: blocks, each with an exit; RANet: blocks of the first sub-network (default: %(default)s)")
+    add("--base", type=whole, default=4, metavar="N", help="MSDNet: layers of the first block (default: %(default)s)")
+    add("--step", type=whole, default=1, metavar="N",
+        help="layers of a further block (MSDNet) or of every block (RANet); lin_grow: how many more each block has "
+             "than the one before (default: %(default)s)")
+    add("--stepmode", choices=("even", "lin_grow"), default="even",
+        help="blocks of equal or of growing depth (default: %(default)s)")
+    add("--nChannels", type=whole, default=32, metavar="N", help="channels of the first layer (default: %(default)s)")
+    add("--growthRate", type=whole, default=6, metavar="N", help="channels a layer adds (default: %(default)s)")
+    add("--grFactor", type=per_scale, default="1-2-4", metavar="N-N-N",
+        help="factors on --nChannels and --growthRate (default: %(default)s)")
+    add("--bnFactor", type=per_scale, default="1-2-4", metavar="N-N-N",
+        help="width of the bottlenecks in outputs of their layer (default: %(default)s)")
+    add("--bottleneck", type=true_false, default=True, metavar="true|false",
+        help="1x1 convolution before each 3x3 one (default: true)")
+    add("--prune", choices=("max", "min"), default="max",
+        help="MSDNet: drop the finest scales as early or as late as possible (default: %(default)s)")
+    add("--reduction", type=number, default=0.5, metavar="X",
+        help="share of the channels that a transition keeps (default: %(default)s)")
+    add("--block-step", type=whole, default=2, metavar="N",
+        help="RANet: blocks that each sub-network has more than the one before (default: %(default)s)")
+    add("--scale-list", type=per_scale, default="1-2-3", metavar="N-N-N",
+        help="RANet: scale of each sub-network, coarsest first (default: %(default)s)")
+    add("--compress-factor", type=number, default=0.25, metavar="X",
+        help="RANet: share of a fusion layer's output that the coarser sub-network gives (default: %(default)s)")
+    add("--bnAfter", action="store_true", default=True,
+        help="accepted for old command lines: batch normalisation always follows its convolution")
+
+
+def _method_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("method").add_argument
+    add("--method", type=lambda name: METHOD_ALIASES.get(name, name), choices=tuple(METHODS), default="boost",
+        help="boost: each exit corrects the sum of those before it; joint (or conventional): every exit alone, the paper's "
+             "baseline; l2w: weights for samples, learnt; block_losses: an exit trains only the last blocks before it; imta: "
+             "collaborating exits on the trained network of --checkpoint; boost_l2w, boost_distill: boosted exits with learnt "
+             "weights or distillation (default: %(default)s)")
+    add("--ensemble_reweight", type=list_of(number, ",", "0.3,0.7"), default="0.5", metavar="X[,X]",
+        help="temperature t_n on the earlier exits' sum: one value, two to interpolate from first to last exit, or "
+             "one per exit; methods whose exits predict alone put 0 in its place (default: %(default)s)")
+    add("--trainable_ensemble", action="store_true",
+        help="boosted exits: let gradients through the earlier exits' sum (an ablation)")
+    add("--loss_equal", action="store_true",
+        help="boost, joint, boost_distill: scale every exit's loss to the moving average of all exits' losses")
+    add("--groups", type=list_of(whole, "-", "3-4"), metavar="N[-N]",
+        help="block_losses: sizes of groups of blocks, summing to the number of exits; a loss trains its own group")
+    add("--overlap", type=whole, metavar="N",
+        help="block_losses: number of blocks that a loss trains, its own the last of them; 1 is local error")
+    add("--include_final", action="store_true", help="with --overlap: the last exit's loss trains all blocks")
+    add("--distill_weight", type=number, metavar="X",
+        help="weight of distillation from the last exit to the others (default: 0.35 of boost_distill, 0.9 of imta, 0 of "
+             "block_losses)")
+    add("--distill_T", type=number, metavar="X",
+        help="temperature of distillation (default: 2.5; 3 of imta)")
+    add("--teacher", metavar="FILE",
+        help="block_losses, boost_distill: checkpoint of the network to distill from, instead of the last exit")
+    _weighting_flags(parser)
+
+
+def _weighting_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("learning to weight samples", "--method l2w and boost_l2w").add_argument
+    add("--meta_net_hidden_size", type=whole, default=500, metavar="N",
+        help="units of a hidden layer of the weight network (default: %(default)s)")
+    add("--meta_net_num_layers", type=whole, default=1, metavar="N", help="its hidden layers (default: %(default)s)")
+    add("--meta_net_input_type", choices=("loss", "conf", "both"), default="loss",
+        help="what it reads of a sample: loss or confidence at every exit (default: %(default)s)")
+    add("--constraint_dimension", choices=("row", "col", "mat"), default="mat",
+        help="what its output is centred over: samples, exits or both (default: %(default)s)")
+    add("--epsilon", type=number, default=0.3, metavar="X",
+        help="weight of a sample = 1 + X * centred output (default: %(default)s)")
+    add("--target_p_index", type=whole, default=15, metavar="N",
+        help="held-out halves leave at the exits in shares proportional to q^n, q = N/20 (default: %(default)s)")
+    add("--meta_interval", type=whole, default=1, metavar="N",
+        help="batches from one step of the weight network to the next (default: %(default)s)")
+    add("--meta_lr", type=number, default=1e-4, metavar="X",
+        help="learning rate of the weight network at the start, falling to 0 as a cosine (default: %(default)s)")
+    add("--meta_weight_decay", type=number, default=1e-4, metavar="X",
+        help="weight decay of the weight network (default: %(default)s)")
+
+
+def _training_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=whole, default=300, metavar="N", help="epochs in all (default: %(default)s)")
+    add("--start-epoch", type=whole, default=0, metavar="N",
+        help="epochs taken as done, for weights from --checkpoint (default: %(default)s)")
+    add("--batch-size", type=whole, default=64, metavar="N", help="images per process and step (default: %(default)s)")
+    add("--paper_protocol", action="store_true",
+        help="judge as the released code does, for comparison with the paper only: the hold-out is read with training "
+             "augmentation, and the test set, read after every epoch, chooses model_test_best.pth; in evaluation "
+             "(dynamic) thresholds are fitted on the augmented hold-out")
+    add("--optimizer", choices=("sgd", "rmsprop", "adam"), default="sgd", help="torch.optim's (default: %(default)s)")
+    add("--lr_f", "--lr", "--learning-rate", type=number, default=0.1, metavar="X",
+        help="learning rate at the start (default: %(default)s)")
+    add("--lr-type", choices=("multistep", "cosine"), default="multistep",
+        help="multistep: drops at --lr_milestones; cosine: falls to 0 at the last epoch (default: %(default)s)")
+    add("--lr_milestones", type=list_of(whole, ",", "150,225"), default="100,200", metavar="N[,N]",
+        help="epochs after which the learning rate drops (default: %(default)s)")
+    add("--decay-rate", type=number, default=0.1, metavar="X",
+        help="factor of each drop (default: %(default)s)")
+    add("--on_nan", choices=("stop", "skip"), default="stop",
+        help="NaN or infinite loss: stop, or leave such steps out and count them, which waits for the device in every step "
+             "(default: %(default)s)")
+    add("--momentum", type=number, default=0.9, metavar="X", help="of sgd and rmsprop (default: %(default)s)")
+    add("--weight-decay", "--wd", type=list_of(number, ",", "1e-4,5e-4"), default="1e-4", metavar="X[,X]",
+        help="two values: from the first to the last of MSDNet's blocks (default: %(default)s)")
+
+
+def _speed_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("speed of training", "each changes the rounding of results; see README").add_argument
+    add("--amp", choices=("off", "bf16"), default="off",
+        help="bf16: convolutions in bfloat16; weights, losses and sums over exits stay float32 (default: %(default)s)")
+    add("--channels_last", action="store_true", help="keep feature maps in the channels_last layout")
+    add("--compile", action="store_true",
+        help="through torch.compile, which takes minutes at the start of a run and needs a C++ compiler (on a GPU, Triton)")
+    add("--cuda_graphs", action="store_true", help="record a step's kernels once and replay them; one process on a GPU")
+
+
+def _evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--evaluate-from", metavar="FILE",
+        help="checkpoint to evaluate; network, method, temperatures and split come from it, and a flag that "
+             "contradicts it is an error")
+    add("--evalmode", choices=("anytime", "dynamic", "realtime"), default="anytime",
+        help="anytime: accuracy of every exit; dynamic: budgeted batch, simulated; realtime: the same, with images that "
+             "really leave, and timed (default: anytime; dynamic where --budget or --sweep is given; realtime for "
+             "budgets in time)")
+    add("--budget", type=list_of(budget, ",", "40e6,60e6 or 3.5ms"), metavar="X[,X]",
+        help="dynamic, realtime: mean cost per image to solve for, MACs or milliseconds such as 3.5ms (default: 40, in "
+             "real time 5, budgets between the costs of the first and of the last exit)")
+    add("--ensemble", choices=ENSEMBLES,
+        help="read exit n from the raw outputs of exits 1 to n: alone, added up with the temperatures of --ensemble_reweight, "
+             "averaged as probabilities, or multiplied (product of experts); default: as the checkpoint's method says")
+    add("--policy", choices=POLICIES, default="confidence",
+        help="dynamic, realtime: what tells an answer certain enough to leave; patience: that many exits in a row agree, "
+             "simulated for every number of them (default: %(default)s)")
+    add("--cost", choices=("macs", "latency"), default="macs",
+        help="what budgets count; latency measures every exit on this device, with batches of --batch-size, and runs "
+             "--evalmode realtime (default: macs; latency for budgets in milliseconds)")
+    add("--images", nargs="+", metavar="PATH",
+        help="classify these image files and say at which exit each one left; takes one --budget in MACs")
+    add("--sweep", choices=("released",), help="dynamic: the 39 exit distributions of the authors' program instead")
+    add("--flat_curve", action="store_true",
+        help="dynamic: keep the previous thresholds where a larger budget does not raise hold-out accuracy")
+    add("--publish", metavar="DIR",
+        help="anytime, dynamic: write the network in half precision, its curves and the arrays behind them to DIR; "
+             "python -m utils.publish DIR draws the curves again")
+    add("--save_suffix", default="", metavar="TEXT", help="appended to the names of the result files")
+
+
+def _distributed_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("several processes", "torchrun's environment decides; see README").add_argument
+    add("--distributed", action="store_true", help="accepted for old command lines")
+    add("--dist_backend", choices=("nccl", "gloo"), help="(default: nccl on GPUs, gloo on the CPU)")
+    add("--local_rank", "--local-rank", type=whole, default=0, metavar="N", help="accepted for old launchers")

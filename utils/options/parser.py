@@ -1,0 +1,140 @@
+"""Building blocks of a command line: one-line errors, text to value, rules about values. Knows no flag of its own."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import os
+import re
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn
+
+from utils.core.errors import let_first_speak
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse that answers a mistake with one line and exit code 2: a long usage listing would bury the message."""
+
+    def error(self, message: str) -> NoReturn:
+        one_line = " ".join(message.split())
+        let_first_speak()
+        self.exit(2, f"{self.prog}: error: {one_line} (see {self.prog} --help)\n")
+
+    def _get_values(self, action, arg_strings):
+        # argparse strikes "--" out also where it was given as a value, and nothing checks the empty list that is left.
+        if action.option_strings and "--" in arg_strings:
+            self.error(f"argument {'/'.join(action.option_strings)}: expected a value, got --")
+        return super()._get_values(action, arg_strings)
+
+    def spelling(self, dest: str) -> str:
+        """The flag behind a dest name, `--batch-size` for `batch_size`."""
+        return next((action.option_strings[0] for action in self._actions if action.dest == dest), dest)
+
+    def parse_given(self, argv: Sequence[str] | None) -> tuple[Namespace, frozenset[str]]:
+        """The parsed flags, defaults filled in, and the dest names of those that were really on the command line."""
+        defaults = vars(super().parse_args([]))
+        # argparse leaves attributes alone that the namespace already has: what is still the marker was not given.
+        not_given = object()
+        found, unknown = self.parse_known_args(argv, Namespace(**dict.fromkeys(defaults, not_given)))
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.7)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        given = {name: value for name, value in vars(found).items() if value is not not_given}
+        return Namespace(**{**defaults, **given}), frozenset(given)
+
+
+def whole(text: str) -> int:
+    if not re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", text):
+        raise ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return int(text)
+
+
+def number(text: str) -> float:
+    try:
+        value = math.nan if "_" in text else float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return value
+
+
+def true_false(text: str) -> bool:
+    values = {"true": True, "false": False}
+    if text.lower() not in values:
+        raise ArgumentTypeError(f"expected true or false, got {text!r}")
+    return values[text.lower()]
+
+
+def list_of(convert: Callable[[str], Any], separator: str, example: str) -> Callable[[str], list]:
+    """A converter for several values in one word, such as 1-2-4."""
+
+    def parse(text: str) -> list:
+        try:
+            return [convert(part) for part in text.split(separator)]
+        except ArgumentTypeError as error:
+            raise ArgumentTypeError(f"{error}; the form is {example}") from None
+
+    return parse
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition on the parsed flags.
+
+    Attributes:
+        flags: dest names of the flags it reads; the first one is named in the error.
+        holds: the condition.
+        message: what is wrong and what would be right.
+        if_given: where something else than the command line may settle the flags, the rule is for given flags only.
+    """
+
+    flags: tuple[str, ...]
+    holds: Callable[[Namespace], bool]
+    message: Callable[[Namespace], str]
+    if_given: bool = False
+
+
+def each(names: str, condition: Callable[[Any], Any], expected: str) -> list[Rule]:
+    """One rule per flag of `names`: its value, or every entry of its list, meets `condition`; None always does."""
+
+    def holds(args: Namespace, name: str) -> bool:
+        value = getattr(args, name)
+        return all(condition(item) for item in (value if isinstance(value, list) else [value]) if item is not None)
+
+    def message(args: Namespace, name: str) -> str:
+        return f"must be {expected}, got {shown(getattr(args, name))}"
+
+    return [Rule((name,), partial(holds, name=name), partial(message, name=name)) for name in names.split()]
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it."""
+    return ", ".join(f"{item:g}" for item in value) if isinstance(value, list) else repr(value)
+
+
+def rising(values: Sequence[float]) -> list[float]:
+    """Differences of neighbours."""
+    return [after - before for before, after in zip(values[:-1], values[1:], strict=True)]
+
+
+def is_utf8(text: str) -> bool:
+    """Whether every byte of `text` was part of a character."""
+    try:
+        return bool(text.encode())
+    except UnicodeError:
+        return False
+
+
+def is_path(text: str) -> bool:
+    """Whether the system can take `text` as a path."""
+    try:
+        return text != "" and b"\0" not in os.fsencode(text)
+    except UnicodeError:
+        return False

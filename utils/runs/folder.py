@@ -1,0 +1,155 @@
+"""A run's folder and what is written to it: log, TensorBoard scalars, results.json."""
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.core import distributed
+from utils.core.errors import UserError
+from utils.core.files import sweep, write_json
+from utils.core.lock import locked
+from utils.core.log import close_log, open_log
+from utils.core.machine import versions
+from utils.data.split import Split
+from utils.runs.checkpoint import BEST, LATEST, PREVIOUS, TEST_BEST, load, load_latest
+
+RESULTS, SPLIT = "results.json", "split.pth"
+
+
+class Run:
+    """Where a run writes; in all processes but the first it writes nothing.
+
+    Attributes:
+        folder: of the run.
+        log: logger to the terminal and, in the first process, to train.log.
+        results: content of results.json.
+    """
+
+    def __init__(self, folder: Path, *, tensorboard_dir: Path, results: dict[str, Any]) -> None:
+        self.folder, self.results = folder, results
+        self.log = logging.getLogger("boostnet")
+        self._tensorboard_dir = tensorboard_dir
+        self._writer = None
+
+    def scalars(self, values: dict[str, float], epoch: int) -> None:
+        """Write TensorBoard scalars."""
+        if not distributed.is_main():
+            return
+        if self._writer is None:   # opened late: importing it takes a second
+            from torch.utils.tensorboard import SummaryWriter
+            self._writer = SummaryWriter(self._tensorboard_dir, purge_step=epoch)
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
+
+    def save_results(self) -> None:
+        """Rewrite results.json."""
+        if distributed.is_main():
+            write_json(self.folder / RESULTS, self.results)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+@contextmanager
+def claim(folder: str) -> Iterator[None]:
+    """Make the folder of a run, keep other runs out of it while the block runs, tidy it up and open its log.
+
+    Raises:
+        UserError: when the folder cannot be written, or belongs to a run that is still going on.
+    """
+    with ExitStack() as stack:
+        if distributed.is_main():
+            path = Path(folder)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(path))
+                sweep(path)
+                open_log(path / "train.log")
+            except OSError as error:
+                raise UserError(f"--result_dir {path} cannot be written: {error.strerror}") from error
+            stack.callback(close_log)
+        yield
+
+
+def find_run(folder: str, resume: bool) -> dict[str, Any] | None:
+    """The checkpoint to go on from in `folder`; None where a new run starts.
+
+    Raises:
+        UserError: when the folder holds a run already and `resume` is off, or no good checkpoint of it and it is on.
+    """
+    path = Path(folder)
+    if resume:
+        saved = load_latest(path)
+        if saved is None and (kept := _what_is_left(path)):
+            raise UserError(f"{path} holds {kept} of a run, but no checkpoint that it could be resumed from; name another "
+                            "--result_dir")
+        return saved
+    # A hold-out split alone is of a run that ended before it saved anything; the same flags draw it again.
+    if any((path / name).exists() for name in (LATEST, PREVIOUS, BEST, TEST_BEST, RESULTS)):
+        raise UserError(f"{path} already holds a run; pass --resume to continue it, or another --result_dir")
+    return None
+
+
+def _what_is_left(folder: Path) -> str | None:
+    """Name of a result in `folder` that training there would overwrite; None where nothing is lost."""
+    if (folder / RESULTS).exists():
+        return RESULTS
+    # The best weights are saved in front of the latest: killed between the two, the first epoch leaves them alone there.
+    later = (name for name in (BEST, TEST_BEST) if (folder / name).exists() and load(folder / name).get("epoch") != 1)
+    return next(later, None)
+
+
+def epochs_begun(saved: dict[str, Any]) -> int:
+    """Epochs of a run that its checkpoint has behind it, with the one it stopped in."""
+    return saved["epoch"] + (1 if saved["training"]["figures"].get("steps") else 0)
+
+
+def finished(folder: Path, epochs: int) -> bool:
+    """Whether the run in `folder` was tested after `epochs` epochs, so that nothing is left to do; the log says so."""
+    try:
+        tested = json.loads((folder / RESULTS).read_text())["test"]["epoch"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):   # whatever is wrong with it, the run will write it again
+        return False
+    if tested == epochs and distributed.is_main():
+        logging.getLogger("boostnet").info("the run in %s is finished: nothing to do", folder)
+    return tested == epochs
+
+
+def stored_split(saved: dict[str, Any] | None) -> Split | None:
+    """Hold-out split of a checkpoint."""
+    return Split.from_dict(saved["split"]) if saved and saved["split"] else None
+
+
+def start_run(folder: str, *, tensorboard_dir: str | None, config: dict[str, Any], n_train: int, data_hash: str,
+              split: Split | None, device: torch.device) -> Run:
+    """Write down what the run in `folder` is.
+
+    Raises:
+        UserError: when TensorBoard's folder cannot be made.
+    """
+    path = Path(folder)
+    scalars = Path(tensorboard_dir) if tensorboard_dir else path / "log"
+    if distributed.is_main():
+        try:   # not after the first epoch, when TensorBoard would
+            scalars.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--tensorboard_dir {scalars} cannot be written: {error.strerror}") from error
+        if split is not None:
+            split.save(path / SPLIT)
+    results = {"format": 1, "config": config, "processes": distributed.world_size(), "n_train": n_train, "data_hash": data_hash,
+               "split_hash": split.hash if split else None, "versions": versions(device)}
+    return Run(path, tensorboard_dir=scalars, results=results)
+
+
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Flags as plain types that JSON and `weights_only` checkpoints can hold."""
+    return {name: value if isinstance(value, (int, float, str, bool, list, type(None))) else str(value)
+            for name, value in config.items() if name != "explicit"}

@@ -1,0 +1,1 @@
+"""Optimiser, schedule and the loop over epochs."""

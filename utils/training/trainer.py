@@ -1,0 +1,315 @@
+"""The training loop: epochs, validation, checkpoints, log lines. CIFAR and ImageNet share it."""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from utils.core import distributed
+from utils.core.errors import TrainingDiverged, UserError
+from utils.core.rng import make_deterministic, rng_state, seed_all, set_rng_state
+from utils.core.signals import StopSignals
+from utils.evaluation.fast_form import load_teacher
+from utils.evaluation.modes import evaluate_anytime, header
+from utils.evaluation.predict import predict
+from utils.methods import METHODS, Method, build_method, build_model, require_one_process
+from utils.methods.bad_steps import all_finite
+from utils.options import catalog
+from utils.runs import checkpoint
+from utils.runs.folder import Run, finished, plain, start_run
+from utils.runs.restore import describe, is_of_same_data, require_same_hold_out
+from utils.training.engine import EpochFigures, train_epoch
+from utils.training.fast_forward import training_forward
+from utils.training.optim import build_optimizer, build_scheduler
+
+
+def prepare(args: argparse.Namespace, data, device: torch.device, saved: dict[str, Any] | None = None) -> Trainer:
+    """Everything a training run needs, from the parsed flags and opened data.
+
+    Args:
+        saved: the checkpoint to go on from, None to start anew.
+    Raises:
+        UserError: for flags that fit no network, or weights or a checkpoint that fit the flags or the data not.
+    """
+    require_one_process(args)
+    args.num_classes = data.num_classes
+    place = (saved["epoch"], saved["training"]["figures"].get("steps")) if saved else None
+    if not distributed.same_everywhere(place, data.labels_hash, data.n_train, data.n_valid, data.n_test):
+        raise UserError("the processes of this run see different data or different checkpoints; --data-root must have the same "
+                        "files on all machines, and --result_dir must be a folder that they share")
+    seed_all(args.seed)
+    if args.deterministic:
+        make_deterministic()
+    model = build_model(args).to(device)
+    if args.checkpoint:
+        start = checkpoint.load(args.checkpoint)
+        METHODS[args.method].load_start(model, start, args.checkpoint)
+        if catalog.METHODS[args.method].second_stage or is_of_same_data(start, data):
+            require_same_hold_out(start, data, args.checkpoint)
+    elif catalog.METHODS[args.method].second_stage and not saved:
+        raise UserError(f"nothing to resume in {args.result_dir}; --method {args.method} begins with the trained network of "
+                        "--checkpoint FILE, without --resume")
+    teacher = load_teacher(args.teacher, data).to(device) if args.teacher else None
+    forward = training_forward(model, batch_size=args.batch_size, amp=args.amp, channels_last=args.channels_last,
+                               compiled=args.compile, cuda_graphs=args.cuda_graphs)
+    optimizer = build_optimizer(model.backbone, name=args.optimizer, lr=args.lr_f, momentum=args.momentum,
+                                weight_decay=args.weight_decay)
+    scheduler = build_scheduler(optimizer, kind=args.lr_type, milestones=args.lr_milestones, decay_rate=args.decay_rate,
+                                epochs=args.epochs)
+    config = plain(vars(args))
+    if saved:   # where the run began, a command with --resume does not say again
+        config |= {name: saved["training"]["config"][name] for name in ("checkpoint", "start_epoch")
+                   if name in saved["training"]["config"]}
+    run = start_run(args.result_dir, tensorboard_dir=args.tensorboard_dir, config=config, n_train=data.n_train,
+                    data_hash=data.data_hash, split=data.split, device=device)
+    method = build_method(args, model, optimizer, network=distributed.wrap(forward, device), teacher=teacher)
+    trainer = Trainer(method, data, run, scheduler=scheduler, description=describe(args, model, data), epochs=args.epochs,
+                      start_epoch=args.start_epoch, print_freq=args.print_freq, paper_protocol=args.paper_protocol,
+                      teacher_hash=checkpoint.hash_weights(teacher.state_dict()) if teacher else None)
+    if saved:
+        trainer.resume(saved)
+    elif args.resume:
+        run.log.info("nothing to resume in %s: starting from the beginning", run.folder)
+    return trainer
+
+
+class Trainer:
+    """A model in training and all that belongs to its state.
+
+    Args:
+        method: with the network, of which checkpoints hold the backbone, and the optimiser.
+        data: with `train(epoch, first_batch)`, `valid()`, `n_train`, `n_valid`.
+        run: folder, log and results.
+        description: what a checkpoint says about the network besides its weights.
+        epochs, start_epoch: train epochs start_epoch ... epochs - 1.
+        print_freq: steps between looks at the loss; nothing else in an epoch waits for the device.
+        paper_protocol: read the test set after every epoch and keep the weights it likes best as well, as the released code does.
+        teacher_hash: of the weights of another network that the method learns from.
+    """
+
+    def __init__(self, method: Method, data, run: Run, *, scheduler: torch.optim.lr_scheduler.LRScheduler,
+                 description: dict[str, Any], epochs: int, start_epoch: int = 0, print_freq: int = 10,
+                 paper_protocol: bool = False, teacher_hash: str | None = None) -> None:
+        self.method, self.data, self.run, self.description = method, data, run, description
+        self.model, self.optimizer, self.scheduler = method.model, method.optimizer, scheduler
+        self.epochs, self.epoch, self.print_freq = epochs, start_epoch, print_freq
+        self.device = next(self.model.parameters()).device
+        self.paper_protocol, self.teacher_hash = paper_protocol, teacher_hash
+        hold_out = "augmented hold-out" if paper_protocol else "hold-out"
+        self.best = {"epoch": 0, "top1": -1.0, "chosen_on": hold_out if data.n_valid else "last epoch"}
+        self.history: list[dict[str, Any]] = []
+        self.figures = EpochFigures(self.model.n_exits, self.device)   # of the epoch under way: its steps are the place in it
+        self.optimizer.step()   # no gradients yet: moves nothing, but the schedule expects it in front of its own first step
+        for _ in range(start_epoch):
+            self._advance_schedules()
+
+    def fit(self, signals: StopSignals | None = None) -> bool:
+        """Train to the last epoch; False when a signal ended it before that, with everything saved.
+
+        Raises:
+            TrainingDiverged: when a loss or a weight is no longer finite; nothing is saved then.
+        """
+        signals = signals or StopSignals()
+        signals.begun = True
+        if self.paper_protocol and distributed.is_main():
+            self.run.log.info("--paper_protocol: the test set is read after every epoch and chooses %s, and the hold-out, if "
+                              "any, is augmented, as in the released code; for comparison with the paper only",
+                              checkpoint.TEST_BEST)
+        try:
+            while self.epoch < self.epochs:
+                if self._stop(signals):   # the end of the last epoch is saved already
+                    return self._say_stopped(signals)
+                if not self._train_steps(signals):
+                    self._save()
+                    return self._say_stopped(signals)
+                self._finish_epoch()
+        finally:
+            self.run.close()
+        return True
+
+    @staticmethod
+    def _stop(signals: StopSignals) -> bool:
+        # Agreed on between two steps, since ranks that stop at different steps would wait for each other for ever.
+        return distributed.any_rank(signals.received is not None)
+
+    def _say_stopped(self, signals: StopSignals) -> bool:
+        if distributed.is_main():
+            self.run.log.info("%s: stopped at %s, all saved; the same command with --resume goes on from there",
+                              signals.received or "signal to another process", self._place())
+        return False
+
+    def _place(self) -> str:
+        return f"step {self.figures.steps} of epoch {self.epoch + 1}" if self.figures.steps else f"the end of epoch {self.epoch}"
+
+    def test(self) -> None:
+        """Accuracy of the last epoch's network on the test set, which nothing but --paper_protocol has looked at before."""
+        if finished(self.run.folder, self.epoch):
+            return
+        about = header({**self.content(), "epoch_kind": "last epoch"}, self.run.folder, self.model, self.data)
+        self.run.results["test"] = evaluate_anytime(self.model, self.data, self.run.folder, about=about)
+        self.run.save_results()
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Go on from a checkpoint of this run (from `checkpoint.load_latest`).
+
+        Raises:
+            UserError: when it is of other data, another network or another number of processes.
+        """
+        state, source = saved["training"], f"the run in {self.run.folder}"
+        for name, now in self._origin().items():
+            then = state.get(name, now)   # older versions did not write all of them down
+            if then != now:
+                raise UserError(f"{source} cannot be resumed with other data, processes or teacher: {name} was {then}, now {now}")
+        checkpoint.load_weights(self.model.backbone, saved["state_dict"], source)
+        try:
+            for name, value in self.scheduler.state_dict().items():   # what another version of torch has not is no harm
+                kind = dict if isinstance(value, dict) else (int, float) if isinstance(value, (int, float)) else type(value)
+                if not isinstance(state["scheduler"].get(name, value), kind):
+                    raise ValueError(f"its schedule has no {name}")
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.method.load_state_dict(state["objective"])
+            self.figures.load_state_dict(state["figures"])
+            set_rng_state(state["rng"])
+            self._require_usable(state)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+            raise UserError(f"{source} cannot be resumed: {type(error).__name__} {error}") from error
+        self.epoch, self.best, self.history = saved["epoch"], state["best"], state["history"]
+        self._note_results()   # the run may have been killed before it wrote them
+        if distributed.is_main():
+            self.run.log.info("resuming at %s", self._place())
+
+    def _require_usable(self, state: dict[str, Any]) -> None:
+        """Raise some exception for a training state that loads but would only fail later."""
+        for group in self.optimizer.param_groups:
+            if not 0 <= float(group["lr"]) < math.inf:
+                raise ValueError(f"its learning rate is {group['lr']}")
+            for parameter in group["params"]:
+                for value in self.optimizer.state.get(parameter, {}).values():
+                    if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
+                        raise ValueError("the optimiser's averages have other shapes than the weights")
+        json.dumps([state["best"]["epoch"], state["best"]["top1"], state["best"], state["history"]])   # they go to results.json
+
+    def _origin(self) -> dict[str, Any]:
+        """What makes the batches of an epoch besides the flags: with another value there is no going on."""
+        return {"n_train": self.data.n_train, "labels_hash": self.data.labels_hash, "processes": distributed.world_size(),
+                "teacher_hash": self.teacher_hash}
+
+    def _train_steps(self, signals: StopSignals) -> bool:
+        """The steps of an epoch that are still to do; False when a signal came before its end."""
+        lr, figures = self.optimizer.param_groups[0]["lr"], self.figures
+        batches = self.data.train(self.epoch, first_batch=figures.steps)
+        started = time.perf_counter()
+        with tqdm(total=figures.steps + len(batches), initial=figures.steps, desc=f"epoch {self.epoch + 1}/{self.epochs}",
+                  unit="step", leave=False, disable=None if distributed.is_main() else True) as progress:
+            def after_step(step: int) -> bool:
+                progress.update()
+                if step % self.print_freq == 0:
+                    figures.check(self.epoch, lr)
+                    if not progress.disable:
+                        loss = figures.sums[0].sum() / max(figures.samples, 1)
+                        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                # Several processes agree only now and then: asking all of them makes each wait for its device.
+                return (distributed.world_size() == 1 or step % self.print_freq == 0) and self._stop(signals)
+
+            complete = train_epoch(self.method, batches, figures, after_step=after_step)
+        figures.seconds += time.perf_counter() - started
+        figures.check(self.epoch, lr)
+        # The last update may have spoilt the weights without any loss having shown it.
+        if not figures.samples or not all_finite(self.model.state_dict().values()):
+            raise TrainingDiverged(f"{'the weights became' if figures.samples else 'every loss was'} NaN or infinite by "
+                                   f"{self._place()} (learning rate {lr:g}); try a lower --lr_f, or look at the data")
+        return complete
+
+    def _finish_epoch(self) -> None:
+        """Validate, write down and save an epoch whose steps are done."""
+        figures = self.figures
+        entry = {"epoch": self.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], **figures.summary(),
+                 "skipped_steps": figures.skipped, "seconds": round(figures.seconds, 3),
+                 "images_per_s": round(self.data.n_train / figures.seconds, 1)}
+        distributed.share_buffers(self.model)
+        entry["valid_top1"] = predict(self.model, self.data.valid(self.epoch)).top1 if self.data.n_valid else None
+        if self.paper_protocol:
+            entry["test_top1"] = predict(self.model, self.data.test()).top1
+        self._advance_schedules()
+        self.epoch += 1
+        self.figures = EpochFigures(self.model.n_exits, self.device)
+        self.history.append(entry)
+        # Without a hold-out nothing may choose an epoch: the last one is the result.
+        score = entry["valid_top1"][-1] if entry["valid_top1"] else None
+        is_best = score is None or score > self.best["top1"]
+        if is_best:
+            self.best |= {"epoch": self.epoch, "top1": entry["train_top1"][-1] if score is None else score}
+        self._log(entry)
+        self._save(is_best, is_test_best=self.paper_protocol and best_on_test(self.history) is entry)
+        self._note_results()
+        self.run.save_results()
+        self._write_scalars(entry)   # last: what goes wrong there costs no epoch
+
+    def _advance_schedules(self) -> None:
+        self.scheduler.step()
+        self.method.end_epoch()
+
+    def _note_results(self) -> None:
+        self.run.results |= {"epochs": self.history, "best": self.best}
+        if self.paper_protocol and self.history:
+            chosen = best_on_test(self.history)
+            self.run.results["best_on_test"] = {"epoch": chosen["epoch"], "top1": chosen["test_top1"], "chosen_on": "test set"}
+
+    def _save(self, is_best: bool = False, is_test_best: bool = False) -> None:
+        figures = self.figures.state_dict()   # of all processes, so that all of them have to come here
+        if not distributed.is_main():
+            return
+        content = self.content()
+        # The best one first: killed between the two, the run repeats this epoch and writes both again.
+        if is_best:
+            checkpoint.save(self.run.folder / checkpoint.BEST, content)
+        if is_test_best:
+            checkpoint.save(self.run.folder / checkpoint.TEST_BEST, {**content, "epoch_kind": "best on test set"})
+        checkpoint.save_latest(self.run.folder, {**content, "training": self._training_state(figures)})
+
+    def content(self) -> dict[str, Any]:
+        """What a checkpoint for evaluation holds."""
+        kind = "last epoch" if self.epoch == self.epochs else "epoch"
+        if self.figures.steps:
+            kind = self._place()
+        elif self.data.n_valid and self.best["epoch"] == self.epoch:
+            kind = f"best on {self.best['chosen_on']}"
+        return {"state_dict": self.model.backbone.state_dict(), **self.description, "epoch": self.epoch, "epoch_kind": kind}
+
+    def _training_state(self, figures: dict[str, Any]) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+                "objective": self.method.state_dict(), "figures": figures, "best": self.best,
+                "history": self.history, "rng": rng_state(), "config": self.run.results["config"], **self._origin()}
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        eta = (self.epochs - self.epoch) * entry["seconds"]
+        line = (f"epoch {entry['epoch']}/{self.epochs}  lr {entry['lr']:.4g}  {entry['images_per_s']:.0f} images/s  "
+                f"ETA {tqdm.format_interval(eta)}  train top-1 {_join(entry['train_top1'])}")
+        if entry["valid_top1"]:
+            line += f"  {'augmented ' if self.paper_protocol else ''}hold-out top-1 {_join(entry['valid_top1'])}"
+        if self.paper_protocol:
+            line += (f"  test top-1 {_join(entry['test_top1'])} (test data choose {checkpoint.TEST_BEST}: "
+                     f"epoch {best_on_test(self.history)['epoch']} so far)")
+        if distributed.is_main():
+            self.run.log.info(line)
+
+    def _write_scalars(self, entry: dict[str, Any]) -> None:
+        scalars = {"lr": entry["lr"], "images_per_s": entry["images_per_s"]}
+        for name in ("train_loss", "train_top1", "valid_share", "valid_top1", "test_top1"):
+            scalars |= {f"{name}/exit{n + 1}": value for n, value in enumerate(entry.get(name) or [])}
+        self.run.scalars(scalars, entry["epoch"])
+
+
+def best_on_test(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first epoch with the best accuracy of the last exit on the test set."""
+    return max(history, key=lambda entry: entry["test_top1"][-1])
+
+
+def _join(values: list[float]) -> str:
+    return " ".join(f"{value:.2f}" for value in values)
