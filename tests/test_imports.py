@@ -27,10 +27,7 @@ SCRIPTS = {"train_cifar100", "train_imagenet", "eval_cifar100", "eval_imagenet"}
 
 
 # Arrows of the old layout that are still to go.
-PENDING = {("utils/ablation.py", "utils.report"), ("utils/runs/restore.py", "utils.methods"),
-           ("utils/runs/result_files.py", "utils.evaluation.confidence"),
-           ("utils/evaluation/confidence.py", "utils.reports.paper"),
-           ("utils/reports/comparison.py", "utils.evaluation.confidence")}
+PENDING = {("utils/ablation.py", "utils.report"), ("utils/runs/restore.py", "utils.methods")}
 
 
 def _place(parts):

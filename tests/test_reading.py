@@ -20,6 +20,7 @@ from utils.evaluation.classify import read_images
 from utils.evaluation.fast_form import load_model, prepare_for_inference
 from utils.options import flags
 from utils.plots import labels, read_results
+from utils.runs import result_files
 
 TEMPERATURES = [0.9, 0.3, 0.5, 0.7]
 MEASURES = ["confidence", "entropy", "margin"]
@@ -178,15 +179,15 @@ def evaluate(images, run, *more, into=None):
 
 
 def test_the_names_on_the_command_line_are_those_there_are():
-    assert tuple(reading.ENSEMBLES) == flags.ENSEMBLES and tuple(reading.POLICIES) == flags.POLICIES
-    assert set(reading.LEAVING) == set(flags.POLICIES) - {"confidence"}
+    assert tuple(result_files.ENSEMBLES) == flags.ENSEMBLES and tuple(reading.POLICIES) == flags.POLICIES
+    assert set(result_files.LEAVING) == set(flags.POLICIES) - {"confidence"}
 
 
 def test_an_ensemble_has_files_and_titles_of_its_own_in_every_mode(images, joint, tmp_path, capsys):
     for mode in ("anytime", "dynamic", "realtime"):
         for ensemble in ("none", "average", "poe", "boost"):
             assert evaluate(images, joint, "--evalmode", mode, "--ensemble", ensemble, into=tmp_path) == 0
-            words = "" if ensemble == "none" else f" ({reading.ENSEMBLES[ensemble]})"
+            words = "" if ensemble == "none" else f" ({result_files.ENSEMBLES[ensemble]})"
             assert f"msdnet_ge joint{words} folder" in capsys.readouterr().out
     for name in ("anytime", "dynamic", "realtime"):   # the files are called after the modes
         found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob(f"{name}*.json")}

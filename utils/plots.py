@@ -18,12 +18,11 @@ from pathlib import Path
 
 from adaptive_inference import combine_sizes
 from utils.core.errors import UserError, user_errors
-from utils.evaluation.confidence import reading_words
 from utils.options.catalog import arch_title, method_title, title_of
 from utils.options.parser import OneLineParser
 from utils.reports.paper import ANYTIME, BACKBONES, BUDGETED, Published
 from utils.reports.style import COLOURS, INK, LEGEND, LINES, MARKERS, MILLIONS, PALE, TOP1, dress, new_figure, plain, save
-from utils.runs.result_files import FAMILIES, read_results
+from utils.runs.result_files import FAMILIES, read_results, reading_words
 
 
 def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None, *, paper: str = "auto",

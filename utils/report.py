@@ -19,13 +19,12 @@ from typing import Any
 
 from utils.core.errors import UserError, user_errors
 from utils.core.tables import Table, millions
-from utils.evaluation.confidence import reading_words
-from utils.options.catalog import METHODS, method_title, title_of
+from utils.options.catalog import METHODS, TEMPERATURE, method_title, title_of
 from utils.options.flags import FREE_ON_RESUME, NETWORK, build_parser
 from utils.options.parser import OneLineParser
 from utils.reports import paper
 from utils.runs.folder import RESULTS
-from utils.runs.result_files import FAMILIES, FIELDS, HEADER, has, is_list_of, is_number, read_results
+from utils.runs.result_files import FAMILIES, FIELDS, HEADER, has, is_list_of, is_number, read_results, reading_words
 
 NOT_RUN = "not run"
 # How a run was judged, and what chance decided, make no other training.
@@ -146,7 +145,7 @@ def is_papers(run: Run, backbone: str) -> bool:
     same_training = all(run.settings[name] == value for name, value in expected.items())
     same_step = run.settings["batch_size"] * run.processes == paper.IMAGES_PER_STEP[run.dataset]
     same_method = run.method == "joint" or (run.method == "boost"
-                                            and set(run.settings["ensemble_reweight"]) == {paper.TEMPERATURE})
+                                            and set(run.settings["ensemble_reweight"]) == {TEMPERATURE})
     return same_network and same_training and same_step and same_method and run.test["epoch"] == expected["epochs"]
 
 

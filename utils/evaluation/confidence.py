@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,13 +11,8 @@ from torch import Tensor
 
 from models import BoostedNet, expand_temperatures, read_as
 from utils.core.errors import UserError
-from utils.reports.paper import TEMPERATURE
 
 Measure = Callable[[Tensor], Tensor]   # from logits (..., C) to one number (...) that grows with certainty
-
-# What titles and legends call them.
-ENSEMBLES = {"none": "each exit alone", "boost": "exits added up", "average": "exits averaged", "poe": "product of exits"}
-LEAVING = {"entropy": "leaving by entropy", "margin": "leaving by margin", "patience": "leaving by patience"}
 
 
 def confidence(logits: Tensor) -> Tensor:
@@ -71,24 +66,3 @@ def read_exits(args: argparse.Namespace, model: BoostedNet) -> tuple[BoostedNet,
         raise UserError(str(error)) from error
     as_trained = type(reread) is type(model) and reread.temperatures[1:] == model.temperatures[1:]
     return reread.train(model.training), {"ensemble": None if as_trained else args.ensemble, "policy": args.policy}
-
-
-def describe(about: Mapping[str, Any]) -> str:
-    """The method of a result file, with ensemble and policy where they are not the usual ones (older files have none)."""
-    how = reading_words(about)
-    return f"{about['method']} ({', '.join(how)})" if how else about["method"]
-
-
-def reading_words(about: Mapping[str, Any]) -> list[str]:
-    """What is not usual in how a result file's exits were read."""
-    temperatures = unusual_temperatures(about)
-    words = (ENSEMBLES.get(about.get("ensemble")), temperatures and f"t = {temperatures}", LEAVING.get(about.get("policy")))
-    return [word for word in words if word]
-
-
-def unusual_temperatures(about: Mapping[str, Any]) -> str | None:
-    """Temperatures with which exits that were trained alone are added up, where they are not the paper's."""
-    used = dict.fromkeys(about.get("temperatures", [])[1:])   # t_1 has nothing to reweight
-    if about.get("ensemble") != "boost" or used.keys() <= {TEMPERATURE}:
-        return None
-    return "-".join(f"{t:.12g}" for t in (used if len(used) == 1 else about["temperatures"][1:]))

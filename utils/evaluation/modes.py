@@ -19,14 +19,14 @@ from utils.core.errors import UserError
 from utils.core.files import atomic_write, write_json
 from utils.core.log import say
 from utils.core.tables import format_table, millions
-from utils.evaluation.confidence import POLICIES, describe, read_exits
+from utils.evaluation.confidence import POLICIES, read_exits
 from utils.evaluation.operating_points import finite, require_hold_out
 from utils.evaluation.predict import predict
 from utils.evaluation.published import publish
 from utils.evaluation.realtime import evaluate_realtime
 from utils.runs.checkpoint import hash_weights
 from utils.runs.restore import identify, restore
-from utils.runs.result_files import FAMILIES, stem
+from utils.runs.result_files import FAMILIES, describe, stem
 
 # A hold-out mean cost further than this from its budget is pointed out.
 MISSED_BUDGET = 0.005

@@ -19,11 +19,11 @@ from utils.core.log import say
 from utils.core.machine import versions
 from utils.core.tables import format_table, millions
 from utils.evaluation import operating_points
-from utils.evaluation.confidence import POLICIES, describe
+from utils.evaluation.confidence import POLICIES
 from utils.evaluation.early_exit import EarlyExit
 from utils.evaluation.fast_form import exit_times, prepare_for_inference
 from utils.evaluation.predict import Predictions, predict
-from utils.runs.result_files import stem
+from utils.runs.result_files import describe, stem
 
 REPEATS = 7
 # A sample whose confidence is this close to a threshold may leave at another exit in a batch of another size.

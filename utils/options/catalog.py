@@ -83,6 +83,7 @@ ARCHITECTURES = {"msdnet": "MSDNet without rescaling", "msdnet_ge": "MSDNet", "r
                  "ranet_ge": "RANet with rescaling"}
 # A mistyped number of blocks should be an error, not a machine that swaps. The largest published network has 160.
 MAX_LAYERS = 1000
+TEMPERATURE = 0.5   # of every exit, in the paper
 METHOD_ALIASES = {"conventional": "joint"}
 
 

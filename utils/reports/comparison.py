@@ -10,11 +10,10 @@ import numpy as np
 
 from utils.core.errors import UserError
 from utils.core.tables import format_table, millions
-from utils.evaluation.confidence import reading_words
 from utils.options.catalog import method_title, title_of
 from utils.reports.style import COLOURS, INK, LINES, MARKERS, MILLIONS, TOP1, dress, new_figure, plain
 from utils.runs.folder import RESULTS
-from utils.runs.result_files import read_file, stem
+from utils.runs.result_files import read_file, reading_words, stem
 
 FOOTPRINT = "footprint.json"   # what `utils.footprint` wrote of the training
 PALETTE = (*COLOURS, INK)

@@ -56,7 +56,6 @@ IMAGES_PER_STEP = {"cifar100": 64, "imagenet": 256}
 TRAINING_IMAGES = {"cifar100": 50_000, "imagenet": 1_281_167}
 TEST_IMAGES = {"cifar100": 10_000, "imagenet": 50_000}
 ARCHITECTURES = {"msdnet": "msdnet_ge", "ranet": "ranet"}
-TEMPERATURE = 0.5
 
 # Budgeted batch prediction, several model sizes combined, by (dataset, backbone).
 BUDGETED = {

@@ -12,7 +12,11 @@ from typing import Any, NamedTuple
 
 from utils.core.errors import UserError
 from utils.core.tables import millions
-from utils.evaluation.confidence import unusual_temperatures
+from utils.options.catalog import TEMPERATURE
+
+# What titles and legends call the ways to read exits (--ensemble) and to leave (--policy).
+ENSEMBLES = {"none": "each exit alone", "boost": "exits added up", "average": "exits averaged", "poe": "product of exits"}
+LEAVING = {"entropy": "leaving by entropy", "margin": "leaving by margin", "patience": "leaving by patience"}
 
 
 class Family(NamedTuple):
@@ -58,6 +62,28 @@ def stem(mode: str, about: Mapping[str, Any], save_suffix: str = "") -> str:
     parts = ["flat" if about.get("flat") else None, "augmented" if about.get("augmented_hold_out") else None,
              about.get("ensemble"), f"t{temperatures}" if temperatures else None, policy if policy != "confidence" else None]
     return "_".join([mode, *filter(None, parts)]) + save_suffix
+
+
+
+def describe(about: Mapping[str, Any]) -> str:
+    """The method of a result file, with ensemble and policy where they are not the usual ones (older files have none)."""
+    how = reading_words(about)
+    return f"{about['method']} ({', '.join(how)})" if how else about["method"]
+
+
+def reading_words(about: Mapping[str, Any]) -> list[str]:
+    """What is not usual in how a result file's exits were read."""
+    temperatures = unusual_temperatures(about)
+    words = (ENSEMBLES.get(about.get("ensemble")), temperatures and f"t = {temperatures}", LEAVING.get(about.get("policy")))
+    return [word for word in words if word]
+
+
+def unusual_temperatures(about: Mapping[str, Any]) -> str | None:
+    """Temperatures with which exits that were trained alone are added up, where they are not the paper's."""
+    used = dict.fromkeys(about.get("temperatures", [])[1:])   # t_1 has nothing to reweight
+    if about.get("ensemble") != "boost" or used.keys() <= {TEMPERATURE}:
+        return None
+    return "-".join(f"{t:.12g}" for t in (used if len(used) == 1 else about["temperatures"][1:]))
 
 
 # What figures and tables need of an evaluation file.
