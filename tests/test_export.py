@@ -1,4 +1,4 @@
-"""Exported programs give what the network gives, through the loader that README shows."""
+"""Exported programs give what the network gives, through the loader that docs/deployment.md shows."""
 from __future__ import annotations
 
 import json
@@ -16,7 +16,7 @@ from adaptive_inference import EarlyExit
 from utils import export
 from utils.evaluation.fast_form import load_model
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs/deployment.md").read_text()
 RANET = "--arch ranet_ge --nBlocks 1 --block-step 1 --step 1 --scale-list 1-2-3 --grFactor 4-2-1 --bnFactor 4-2-1".split()
 
 
@@ -34,8 +34,8 @@ def run(request, tmp_path_factory):
 
 
 def loader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
-    """Names of README's loader after it has run on a folder of programs; it must not import from this repository."""
-    code, = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "torch.export.load" in block)
+    """Names of the page's loader after it has run on a folder of programs; it must not import from this repository."""
+    code, = (block for block in re.findall(r"```python\n(.*?)```", PAGE, re.S) if "torch.export.load" in block)
     assert len(code.strip().splitlines()) <= 30
     assert set(re.findall(r"^(?:import|from) (\w+)", code, re.M)) <= {"json", "sys", "pathlib", "torch"}
     monkeypatch.setattr(sys, "argv", ["classify.py", str(folder)])

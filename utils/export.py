@@ -4,7 +4,7 @@
 
 One torch.export program per exit, `step0.pt2`, `step1.pt2`, ..., each for any batch size, and `model.json` beside them.
 Program 0 takes the normalised images (B, 3, H, W); each returns the exit's predictions F_n (B, num_classes), before softmax,
-and then the features that the next one needs, and the next one takes exactly what the one before returned. README
+and then the features that the next one needs, and the next one takes exactly what the one before returned. docs/deployment.md
 "Deployment" has a loader.
 """
 from __future__ import annotations

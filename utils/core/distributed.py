@@ -39,7 +39,7 @@ def process_group(device: torch.device, backend: str | None = None) -> Iterator[
         torch.cuda.set_device(device)
     store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
     # torchrun keeps one store over its restarts, and the addresses of dead processes with it. A machine alone can tell its
-    # starts apart by their number; several machines count them differently (README, "Two machines").
+    # starts apart by their number; several machines count them differently (docs/imagenet.md, "Two machines").
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if world == local_world_size() else "0"
     dist.init_process_group(backend or ("nccl" if cuda else "gloo"), store=dist.PrefixStore(f"start{start}", store), rank=rank,
                             world_size=world, timeout=TIMEOUT, device_id=device if cuda else None)

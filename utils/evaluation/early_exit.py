@@ -15,7 +15,7 @@ from models import BoostedNet
 from utils.evaluation.confidence import Measure, confidence
 
 # Batches shrink to a few sizes only, so many between a number and its double: oneDNN builds code for every size it meets, and
-# keeps 1024 pieces of it, which is fewer than MSDNet-10 has for eleven sizes. 8 measured well (README, "Early exit").
+# keeps 1024 pieces of it, which is fewer than MSDNet-10 has for eleven sizes. 8 measured well (docs/evaluation.md).
 SIZES_PER_DOUBLING = 8
 
 

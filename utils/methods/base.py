@@ -33,7 +33,7 @@ class Method:
     """Turns (model, batch) into a step of the optimiser. This one: the sum over the exits of their mean cross entropies.
 
     With a boosted head that is BoostNet (arXiv:2211.16726, eq. 6), with every temperature 0 the joint baseline. Another method
-    overrides `loss`, or `step` where a batch is more than one pass; README, "How to add a method".
+    overrides `loss`, or `step` where a batch is more than one pass; docs/methods.md, "How to add a method".
 
     Args:
         model: the network in training.

@@ -26,7 +26,7 @@ class ExitLosses:
     """Sum over the exits of the mean cross entropy (BoostNet, arXiv:2211.16726, eq. 6), optionally equalised.
 
     With `equalise`, exit n's loss is divided by a_n, its moving average over steps and ranks, and the sum is multiplied by
-    the mean of all a_n: every exit then pulls equally hard (README, "Loss equalisation").
+    the mean of all a_n: every exit then pulls equally hard (docs/methods.md, "Loss equalisation").
     """
 
     def __init__(self, equalise: bool = False) -> None:

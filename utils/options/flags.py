@@ -215,7 +215,8 @@ def _training_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _speed_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("speed of training", "each changes the rounding of results; see README").add_argument
+    group = parser.add_argument_group("speed of training", "each changes the rounding of results; see docs/performance.md")
+    add = group.add_argument
     add("--amp", choices=("off", "bf16"), default="off",
         help="bf16: convolutions in bfloat16; weights, losses and sums over exits stay float32 (default: %(default)s)")
     add("--channels_last", action="store_true", help="keep feature maps in the channels_last layout")
@@ -257,7 +258,7 @@ def _evaluation_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _distributed_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("several processes", "torchrun's environment decides; see README").add_argument
+    add = parser.add_argument_group("several processes", "torchrun's environment decides; see docs/imagenet.md").add_argument
     add("--distributed", action="store_true", help="accepted for old command lines")
     add("--dist_backend", choices=("nccl", "gloo"), help="(default: nccl on GPUs, gloo on the CPU)")
     add("--local_rank", "--local-rank", type=whole, default=0, metavar="N", help="accepted for old launchers")
