@@ -30,7 +30,9 @@ def commands(page):
         if language == "bash":
             variables = dict(re.findall(r'^([A-Z]+)="(.*)"$', block, re.M))
             for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(re.sub(r"\$([A-Z]+)", lambda name, known=variables: known.get(name[1], name[0]), line), comments=True)
+                for name, value in variables.items():
+                    line = line.replace(f"${name}", value)
+                words = shlex.split(line, comments=True)
                 if words:
                     yield words
     for line in re.findall(r"(?<!`)`((?:python|bash) [^`]+)`", " ".join(prose(page).split())):
