@@ -16,17 +16,23 @@ run the steps for a whole curve. All this looks at confidences that are there al
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 
 from utils.core.errors import UserError
-from utils.evaluation.early_exit import EarlyExit, Exits
 
-__all__ = ["EarlyExit", "Exits", "budget_curve", "budget_grid", "combine_sizes", "curve_position", "evaluate_thresholds",
+__all__ = ["EarlyExit", "Exits", "budget_curve", "budget_grid", "combine_sizes", "curve_position", "evaluate_thresholds",  # noqa: F822
            "exit_index", "exit_shares", "fit_thresholds", "flatten", "mean_cost", "patience_curve", "released_curve",
            "released_sweep", "solve_exit_rate"]
 
 BUDGET_TOLERANCE = 1e-9  # relative; for Newton's stop and for budgets a rounding error outside the reachable range
 RELEASED_NOBODY = 1e8  # the released program's threshold that no confidence reaches; its negative lets everybody leave
+
+
+def __getattr__(name: str):
+    # EarlyExit and Exits need a network, and with it torch, which takes long to load; nothing else here does.
+    if name not in ("EarlyExit", "Exits"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from utils.evaluation import early_exit
+    return getattr(early_exit, name)
 
 
 # Exit rates and shares of eq. 9
@@ -332,6 +338,7 @@ def released_shares(q: float, n_exits: int) -> np.ndarray:
 
     In torch, as the released program does it; the last place of its exponentials still depends on the processor.
     """
+    import torch
     log_q = torch.log(torch.tensor([q], dtype=torch.float32))
     weights = torch.exp(log_q * torch.arange(1, n_exits + 1, dtype=torch.float32))
     return (weights / weights.sum()).numpy()
@@ -340,9 +347,9 @@ def released_shares(q: float, n_exits: int) -> np.ndarray:
 # Checks of what callers pass
 
 def _to_numpy(values) -> np.ndarray:
-    if isinstance(values, torch.Tensor):
+    if hasattr(values, "detach"):   # a tensor; NumPy has no bfloat16
         values = values.detach().cpu()
-        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        return (values.float() if str(values.dtype) == "torch.bfloat16" else values).numpy()
     return np.asarray(values)
 
 

@@ -38,25 +38,64 @@ def test_the_script_varies_one_factor_at_a_time_around_one_reference(tmp_path):
 
 
 def test_every_panel_has_the_reference_and_its_own_runs(tmp_path):
-    runs, _ = ablation.read_runs(write_runs(tmp_path / "runs", "reference", "t0", "t1", "b256", "plain", "free"))
-    assert [list(ablation.panel_runs(runs, panel)) for panel in ablation.PANELS] == [
+    groups, _ = ablation.read_settings(write_runs(tmp_path / "runs", "reference", "t0", "t1", "b256", "plain", "free"))
+    assert [list(ablation.panel_settings(groups, panel)) for panel in ablation.PANELS] == [
         [0, 0.5, 1], [64, 256], ["as proposed", "without rescaling", "trainable sum"]]
-    figure = ablation.draw(runs)
+    figure = ablation.draw(groups)
     for axes in figure.axes:
         assert "MACs" in axes.get_xlabel() and all(len(line.get_xdata()) == 10 for line in axes.lines)
-    assert "top-1" in figure.axes[0].get_ylabel() and "CIFAR-100" in figure.get_suptitle()
+        assert not axes.collections   # one seed has no range
+    assert "top-1" in figure.axes[0].get_ylabel()
+    assert figure.get_suptitle() == ("Ablations: CIFAR-100, MSDNet with 10 exits, 300 epochs, seed 0, 10,000 test images, "
+                                     "last epoch")
+
+
+def test_several_seeds_become_their_mean_and_their_range(tmp_path, capsys):
+    folder = write_runs(tmp_path / "runs", "reference", "t1")
+    for seed, top1 in ((1, 71.0), (2, 74.5)):   # the reference of seed 0 has 70
+        write_run(folder / f"reference_{seed}", top1, flags=f"--seed {seed}")
+    groups, _ = ablation.read_settings(folder)
+    axes = ablation.draw(groups).axes[0]
+    assert [line.get_label() for line in axes.lines] == ["0.5 (n = 3)", "1"]
+    assert list(axes.lines[0].get_xdata()[:2]) == pytest.approx([15.14, 25.51], abs=0.01)
+    assert list(axes.lines[0].get_ydata()[:2]) == pytest.approx([215.5 / 3, 215.5 / 3 + 1])
+    assert list(axes.lines[1].get_ydata()[:2]) == [70, 71]
+    [band] = axes.collections
+    assert {y for x, y in band.get_paths()[0].vertices if x == axes.lines[0].get_xdata()[0]} == {70, 74.5}
+    assert ablation.main([str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "mean and range over n seeds" in lines[0]
+    [line] = [line for line in lines if line.startswith("temperature 0.5 (n = 3) ")]
+    assert "71.83 (70.00 to 74.50)  72.83 (71.00 to 75.50)" in line
+    assert [line.split()[2] for line in lines if line.startswith("temperature 1 ")] == ["70.00"]
+
+
+def test_the_table_has_every_setting_under_its_panel(tmp_path, capsys):
+    folder = write_runs(tmp_path / "runs", "reference", "t0", "b256", "free")
+    assert ablation.main([str(folder), "--markdown"]) == 0
+    names = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert names == ["top-1 % at exit", "---", "10^6 MACs", "temperature 0", "temperature 0.5", "batch size 64", "batch size 256",
+                     "as proposed", "trainable sum"]
+
+
+def test_the_batch_is_that_of_all_processes(tmp_path):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    for name, size in (("reference", 32), ("large", 128)):
+        write_run(folder / name, flags=f"--batch-size {size}", processes=2)
+    assert list(ablation.panel_settings(ablation.read_settings(folder)[0], "batch_size")) == [64, 256]
 
 
 def test_joint_training_is_temperature_zero(tmp_path):
-    runs, _ = ablation.read_runs(write_runs(tmp_path / "runs", "reference", "joint"))
-    assert list(ablation.panel_runs(runs, "temperature")) == [0, 0.5]
+    groups, _ = ablation.read_settings(write_runs(tmp_path / "runs", "reference", "joint"))
+    assert list(ablation.panel_settings(groups, "temperature")) == [0, 0.5]
 
 
 def test_the_figure_is_written_where_it_is_asked_for(tmp_path, capsys):
     folder = write_runs(tmp_path / "runs", "reference", "t1")
     assert ablation.main([str(folder), "--output", str(tmp_path / "figures" / "a.png")]) == 0
     assert (tmp_path / "figures" / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out == f"{tmp_path / 'figures' / 'a.png'}\n"
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "figures" / "a.png")
 
 
 def test_folders_that_make_no_ablation_are_refused(tmp_path, capsys):
@@ -82,10 +121,13 @@ def test_no_run_vanishes_without_a_word(tmp_path, capsys):
     results = json.loads((folder / "young" / "results.json").read_text())
     del results["test"]
     (folder / "young" / "results.json").write_text(json.dumps(results))
+    (write_run(folder / "cut") / "results.json").write_text("{")
     assert ablation.main([str(folder)]) == 0
-    assert capsys.readouterr().out.splitlines()[:2] == [
-        f"{folder / 'young'} is not finished and left out",
-        f"{folder / 'both'} differs from the reference in more than one factor and is in no panel"]
+    cut, young, both, figure = capsys.readouterr().out.splitlines()[-4:]
+    assert cut.startswith(f"{folder / 'cut'} is left out: {folder / 'cut' / 'results.json'} is damaged")
+    assert young == f"{folder / 'young'} holds no finished run and is left out."
+    assert both == f"{folder / 'both'} differs from the reference in more than one factor and is in no panel"
+    assert figure == str(folder / "ablation.png")
 
 
 @pytest.mark.parametrize("output", ["fig.v2", "fig.pdf", "folder", ".", "/"])
@@ -97,10 +139,19 @@ def test_the_figure_is_never_written_under_another_name(tmp_path, capsys, output
     assert (tmp_path / "fig.png").read_text() == "precious" and not (tmp_path / "folder.png").exists()
 
 
-def test_runs_of_another_seed_are_no_part_of_it(tmp_path, capsys):
-    folder = write_runs(tmp_path / "d", "reference")
-    write_runs(folder, "t1", more="--seed 1")
-    assert "differ in seed" in one_line_error(capsys, lambda: ablation.main([str(folder)]))
+@pytest.mark.parametrize("other, named", [({"n_train": 45_000}, "training images"), ({"data_hash": "b"}, "data"),
+                                          ({"n_test": 500}, "test images"), ({"processes": 2}, "processes")])
+def test_runs_of_other_data_or_processes_are_no_part_of_it(tmp_path, capsys, other, named):
+    folder = write_runs(tmp_path / "runs", "reference")
+    write_run(folder / "t1", flags=f"{SETTINGS['t1']} --batch-size {32 if 'processes' in other else 64}", **other)
+    message = one_line_error(capsys, lambda: ablation.main([str(folder)]))
+    assert f"differ in {named}, which is no part of the ablation" in message
+
+
+def test_a_seed_counts_once(tmp_path, capsys):
+    folder = write_runs(tmp_path / "runs", "reference", "t1")
+    write_run(folder / "again", flags=SETTINGS["t1"])
+    assert "are runs of the same flags, seed 0 included" in one_line_error(capsys, lambda: ablation.main([str(folder)]))
 
 
 def test_methods_that_the_paper_does_not_vary_are_no_part_of_it(tmp_path, capsys):

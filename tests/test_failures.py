@@ -21,7 +21,7 @@ from utils.core import lock
 from utils.core.errors import FAILURE, STOPPED
 from utils.methods import Method, bad_steps
 from utils.runs import checkpoint
-from utils.runs.folder import RESULTS
+from utils.runs.result_files import RESULTS
 from utils.training.engine import EpochFigures, TrainingDiverged, train_epoch
 
 

@@ -8,17 +8,20 @@ import pytest
 
 from utils import plots
 from utils.core.errors import UserError
+from utils.reports.finished_runs import read_evaluations
 from utils.reports.paper import ANYTIME, BUDGETED
 
 MACS = [10_000_000, 20_000_000, 40_000_000]
 
 
 def write_run(folder, *, anytime=True, dynamic=True, points=((10, 60, 61), (20, 66, 65), (40, 70, 69)), base=4, arch="msdnet_ge",
-              method="boost", dataset="cifar100", family="eq9", flat=False, split_hash="a" * 64, suffix=""):
+              method="boost", dataset="cifar100", family="eq9", flat=False, split_hash="a" * 64, suffix="",
+              n_test=10_000, **more):
     """A run folder with evaluation files; points are (10^6 MACs, hold-out accuracy, test accuracy)."""
     folder.mkdir(exist_ok=True)
-    header = {"format": 1, "name": folder.name, "arch": arch, "method": method, "dataset": dataset, "n_test": 10_000,
-              "config": {"arch": arch, "base": base}, "split_hash": split_hash, "macs": MACS, "params": [1, 2, 3]}
+    header = {"format": 1, "name": folder.name, "arch": arch, "method": method, "dataset": dataset, "n_test": n_test,
+              "config": {"arch": arch, "base": base}, "split_hash": split_hash, "macs": MACS, "params": [1, 2, 3],
+              **more}
     if anytime:
         (folder / f"anytime{suffix}.json").write_text(json.dumps({**header, "top1": [60.0, 65.0, 69.0], "top5": [90.0] * 3}))
     if dynamic:
@@ -173,7 +176,7 @@ def test_files_that_lack_something_or_hold_something_else_are_refused_and_named(
     keys = {"format", "name", "dataset", "method", "arch", "config", "n_test", "macs"}
     keys |= {"top1"} if kind == "anytime" else {"family", "flat", "points"}
     bad = [None, [], 1, {}, {**good, "macs": "x"}, {**good, "n_test": "x"}, {**good, "config": "x"},
-           *({**good, key: value} for key in keys for value in (None, [], [None], -1)),
+           *({**good, key: value} for key in keys for value in (None, [], [None])),
            *({name: value for name, value in good.items() if name != key} for key in keys)]
     if kind == "anytime":
         bad += [{**good, "top1": good["top1"][:-1]}, {**good, "macs": [*MACS, 10**400]}]
@@ -188,10 +191,10 @@ def test_files_that_lack_something_or_hold_something_else_are_refused_and_named(
         bad += [{**good, "family": "mine"}, {**good, "split_hash": []}]
     for content in bad:
         file.write_text(json.dumps(content))
-        with pytest.raises(UserError, match=f"{kind}.json is not a complete evaluation file"):
-            plots.read_results(file.parent)
-    file.write_text(json.dumps({**good, "family": good.get("family", []), "more": None}))
-    assert len(plots.read_results(file.parent)) == 1
+        with pytest.raises(UserError, match=f"{kind}.json is damaged"):
+            read_evaluations(file.parent)
+    file.write_text(json.dumps({**good, "more": None}))
+    assert len(read_evaluations(file.parent)) == 1
     assert plots.plot_runs([file.parent])
 
 
@@ -214,9 +217,9 @@ def test_a_full_disk_ends_with_the_path_and_leaves_the_old_figure(tmp_path, caps
 @pytest.mark.parametrize("prepare, message", [
     (lambda folder: None, "not a folder"),
     (lambda folder: folder.mkdir(), "evaluate its checkpoint first"),
-    (lambda folder: [folder.mkdir(), (folder / "anytime.json").write_text('{"format": 1, "top')], "not a complete"),
-    (lambda folder: [folder.mkdir(), (folder / "dynamic.json").write_text('{"format": 1}')], "not a complete"),
-    (lambda folder: [folder.mkdir(), (folder / "anytime.json").write_text('[]')], "not a complete")])
+    (lambda folder: [folder.mkdir(), (folder / "anytime.json").write_text('{"format": 1, "top')], "is damaged"),
+    (lambda folder: [folder.mkdir(), (folder / "dynamic.json").write_text('{"format": 1}')], "is damaged"),
+    (lambda folder: [folder.mkdir(), (folder / "anytime.json").write_text('[]')], "is damaged")])
 def test_folders_without_results_end_with_one_line_and_code_2(tmp_path, capsys, prepare, message):
     prepare(tmp_path / "run")
     with pytest.raises(SystemExit) as stop:
@@ -225,9 +228,36 @@ def test_folders_without_results_end_with_one_line_and_code_2(tmp_path, capsys, 
     assert stop.value.code == 2 and error.count("\n") == 1 and message in error
 
 
-def test_different_data_sets_do_not_share_a_figure(tmp_path):
-    with pytest.raises(UserError, match="cifar100, glyphs"):
-        plots.plot_runs([write_run(tmp_path / "one"), write_run(tmp_path / "two", dataset="glyphs")])
+@pytest.mark.parametrize("other, message", [
+    ({"dataset": "glyphs"}, "cifar100, 10,000 images; glyphs, 10,000 images"),
+    ({"n_test": 500}, "cifar100, 10,000 images; cifar100, 500 images")])
+def test_different_test_sets_do_not_share_a_figure(tmp_path, other, message):
+    with pytest.raises(UserError, match=message):
+        plots.plot_runs([write_run(tmp_path / "one"), write_run(tmp_path / "two", **other)])
+
+
+def test_networks_that_test_data_chose_are_named_in_both_figures(tmp_path, drawn):
+    plots.plot_runs([write_run(tmp_path / "run", epoch=7, epoch_kind="best on test set")], paper="none")
+    for figure in drawn.values():
+        assert legend(figure) == ["BoostNet, MSDNet, best on test set"]
+
+
+def test_kinds_of_epoch_are_named_where_they_differ(tmp_path, drawn):
+    runs = [write_run(tmp_path / "boost", epoch=7, epoch_kind="best on hold-out"),
+            write_run(tmp_path / "joint", method="joint", epoch=12, epoch_kind="last epoch")]
+    plots.plot_runs(runs[:1], paper="none")
+    assert [legend(figure) for figure in drawn.values()] == [["BoostNet, MSDNet"]] * 2
+    plots.plot_runs(runs, paper="none")
+    for figure in drawn.values():
+        assert legend(figure) == ["BoostNet, MSDNet, best on hold-out", "joint training, MSDNet, last epoch"]
+
+
+def test_sizes_of_different_kinds_of_epoch_are_not_combined(tmp_path, drawn):
+    runs = [write_run(tmp_path / str(base), base=base, epoch=base, epoch_kind=kind)
+            for base, kind in ((4, "best on hold-out"), (8, "best on hold-out"), (12, "best on test set"))]
+    plots.plot_runs(runs, paper="none")
+    assert legend(drawn["budgeted"]) == ["BoostNet, MSDNet, best on hold-out, 2 sizes combined",
+                                         "BoostNet, MSDNet, best on test set"]
 
 
 def test_published_numbers_are_complete_and_in_order_of_cost():

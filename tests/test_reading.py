@@ -19,7 +19,8 @@ from utils.evaluation import operating_points
 from utils.evaluation.classify import read_images
 from utils.evaluation.fast_form import load_model, prepare_for_inference
 from utils.options import flags
-from utils.plots import labels, read_results
+from utils.plots import labels
+from utils.reports.finished_runs import read_evaluations
 from utils.runs import result_files
 
 TEMPERATURES = [0.9, 0.3, 0.5, 0.7]
@@ -197,7 +198,7 @@ def test_an_ensemble_has_files_and_titles_of_its_own_in_every_mode(images, joint
         assert found[f"{name}_poe"]["temperatures"] == [1] * 3 and found[f"{name}_boost"]["temperatures"] == [0.5] * 3
     # The first exit has nothing to be combined with.
     assert len({json.loads(path.read_text())["top1"][0] for path in tmp_path.glob("anytime*.json")}) == 1
-    shown = [result for result in read_results(tmp_path) if "points" not in result]
+    shown = [result for result in read_evaluations(tmp_path) if "points" not in result]
     assert sorted(labels(shown)) == ["joint training, MSDNet", "joint training, MSDNet, exits added up",
                                      "joint training, MSDNet, exits averaged", "joint training, MSDNet, product of exits"]
 
@@ -209,7 +210,7 @@ def test_exits_added_up_with_other_temperatures_have_files_and_titles_of_their_o
     names = {path.stem: json.loads(path.read_text())["temperatures"][1:] for path in tmp_path.glob("*.json")}
     assert names == {"anytime_boost": [0.5, 0.5], "anytime_boost_t0.2": [0.2, 0.2],
                      "anytime_boost_t0.3-0.4": pytest.approx([0.3, 0.4])}
-    assert sorted(labels(read_results(tmp_path))) == [f"joint training, MSDNet, exits added up{more}"
+    assert sorted(labels(read_evaluations(tmp_path))) == [f"joint training, MSDNet, exits added up{more}"
                                                       for more in ("", ", t = 0.2", ", t = 0.3-0.4")]
 
 
@@ -288,7 +289,7 @@ def test_patience_reports_one_row_for_each_number_of_exits(images, joint, tmp_pa
     assert [point["patience"] for point in result["points"]] == [1, 2, 3] and result["family"] == "patience"
     assert [point["test_mean_macs"] for point in result["points"]][::2] == [result["macs"][0], result["macs"][-1]]
     assert len((tmp_path / "dynamic_patience.txt").read_text().splitlines()) == 3
-    assert "leaving by patience" in labels(read_results(tmp_path), name_family=True)[0]
+    assert "leaving by patience" in labels(read_evaluations(tmp_path), name_family=True)[0]
 
 
 def test_images_leave_by_the_policy_and_take_no_thresholds_of_another(images, joint, tmp_path, capsys):
@@ -348,7 +349,7 @@ def test_stored_points_are_taken_only_for_the_same_way_of_reading(images, joint,
     lambda curve: [], lambda curve: None, lambda curve: {}, lambda curve: {**curve, "points": None},
     lambda curve: {**curve, "points": [3]}, lambda curve: {**curve, "points": [{"budget": 1e6}]},
     lambda curve: {**curve, "points": [{**curve["points"][0], "thresholds": [0.5]}]},
-    lambda curve: {**curve, "points": [{**curve["points"][0], "budget": 0}]},
+    lambda curve: {**curve, "points": [{**curve["points"][0], "budget": None}]},
 ])
 def test_damaged_points_end_with_one_line(images, joint, tmp_path, damage):
     evaluate(images, joint, "--evalmode", "dynamic", into=tmp_path)

@@ -75,6 +75,14 @@ def test_measured_latency_rises_from_exit_to_exit(run):
     assert latency.shape == (2,) and 0 < latency[0] < latency[1] < 1000
 
 
+def test_latency_is_the_sum_of_median_steps_in_milliseconds_per_image(monkeypatch):
+    passes = iter([[9.0, 9.0], *([0.008, 0.016],) * 3, *([0.016, 0.048],) * 2, [0.08, 8.0], [0.004, 0.0]])   # the first warms up
+    monkeypatch.setattr(realtime, "exit_times", lambda model, images: next(passes))
+    # For 8 images the medians are 8 and 16 ms.
+    assert realtime.measure_latency(None, torch.zeros(8, 3, 2, 2)).tolist() == pytest.approx([1.0, 3.0])
+    assert not list(passes)
+
+
 def test_a_budget_in_milliseconds_out_of_range_names_the_range(images, run, monkeypatch, capsys):
     monkeypatch.setattr(realtime, "measure_latency", lambda model, images: np.array([2.0, 6.0]))
     message = tiny.one_line_error(capsys, lambda: evaluate(images, run, "--budget", "1ms"))

@@ -11,6 +11,7 @@ from tiny import one_line_error
 from args import parse_args
 from utils import report
 from utils.core.tables import Table
+from utils.options.catalog import method_title
 from utils.reports.paper import ANYTIME
 from utils.runs.folder import plain
 
@@ -21,12 +22,14 @@ SCHEDULE = "--epochs 300 --lr_milestones 150,225"
 
 
 def write_run(folder: Path, top1: float = 70.0, network: str = "msdnet", flags: str = "", split: str | None = None,
-              on_test: float | None = None, n_train: int | None = 50_000, **test) -> Path:
+              on_test: float | None = None, n_train: int | None = 50_000, processes: int = 1, data_hash: str | None = None,
+              **test) -> Path:
     """A finished run whose exit k (from 0) has accuracy top1 + k."""
     config = MACS[PAPERS.get(network, network)]
     args = parse_args([*config["flags"].split(), *SCHEDULE.split(), *flags.split()])
     n = len(config["macs"])
-    content = {"format": 1, "config": plain(vars(args)), "processes": 1, "n_train": n_train, "split_hash": split,
+    content = {"format": 1, "config": plain(vars(args)), "processes": processes, "n_train": n_train, "split_hash": split,
+               "data_hash": data_hash,
                "epochs": [], "best": {},
                "test": {"dataset": args.dataset, "method": args.method, "arch": args.arch, "config": {}, "n_test": 10_000,
                         "macs": config["macs"], "top1": [top1 + k for k in range(n)], "epoch": args.epochs, **test}}
@@ -34,6 +37,18 @@ def write_run(folder: Path, top1: float = 70.0, network: str = "msdnet", flags: 
         content["best_on_test"] = {"epoch": 290, "top1": [on_test + k for k in range(n)], "chosen_on": "test set"}
     folder.mkdir()
     (folder / "results.json").write_text(json.dumps(content))
+    return folder
+
+
+def write_curve(folder: Path, name: str = "dynamic.json", budgets=(10, 20, 30), **changes) -> Path:
+    """A budgeted evaluation in which every number is another one; budgets in 10^6 MACs."""
+    points = [{"budget": 1e6 * b, "p": b / 100, "valid_mean_macs": 1e6 * (b + 1), "valid_top1": 20 + b,
+               "test_mean_macs": 1e6 * (b + 2), "test_top1": 50.5 + b} for b in budgets]
+    content = {"format": 1, "name": folder.name, "dataset": "cifar100", "method": "boost", "arch": "msdnet_ge", "config": {},
+               "n_test": 10_000, "macs": [10**7, 3 * 10**7], "family": "eq9", "flat": False, "split_hash": "s", "epoch": 12,
+               "epoch_kind": "best on hold-out", "points": points, **changes}
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(json.dumps(content))
     return folder
 
 
@@ -119,13 +134,37 @@ def test_ranet_has_its_own_table_and_no_rescaling(tmp_path):
     assert rows(tables, RANET)["BoostNet, here"][0] == "70.00" and len(tables) == 3
 
 
+IMAGENET = {"network": "msdnet_imagenet_step7", "flags": "--epochs 90 --lr_milestones 30,60", "n_train": 1_281_167,
+            "n_test": 50_000, "processes": 4}
+
+
 def test_imagenet_counts_the_images_of_all_processes(tmp_path):
-    run = write_run(tmp_path / "i", network="msdnet_imagenet_step7", flags="--epochs 90 --lr_milestones 30,60",
-                    n_train=1_281_167, n_test=50_000)
+    run = write_run(tmp_path / "one", **{**IMAGENET, "processes": 1})
     assert rows(report.report([run]), "ImageNet, MSDNet")["BoostNet, here"][0] == "not run"
-    results = json.loads((run / "results.json").read_text())
-    (run / "results.json").write_text(json.dumps({**results, "processes": 4}))
+    run = write_run(tmp_path / "four", **IMAGENET)
     assert rows(report.report([run]), "ImageNet, MSDNet")["BoostNet, here"][0] == "70.00"
+
+
+def test_a_run_enters_the_table_of_its_own_data_set_alone(tmp_path):
+    tables = report.report([write_run(tmp_path / "imagenet", 60.0, **IMAGENET), write_run(tmp_path / "cifar", 65.0)])
+    assert rows(tables, MSDNET)["BoostNet, here"][0] == "65.00"
+    assert rows(tables, "ImageNet, MSDNet")["BoostNet, here"][0] == "60.00"
+    assert set(rows(tables, RANET)["BoostNet, here"]) == {"not run"} and len(tables) == 4   # two of each data set
+
+
+def test_a_run_that_was_tested_before_its_last_epoch_stays_out_of_the_papers_table(tmp_path):
+    tables = report.report([write_run(tmp_path / "run", epoch=200)])
+    assert set(rows(tables, MSDNET)["BoostNet, here"]) == {"not run"}
+    assert "BoostNet" in rows(tables, "200 epochs: top-1 % on 10,000 test images, last epoch")
+
+
+@pytest.mark.parametrize("method, flags", [("l2w", ""), ("boost_l2w", ""), ("boost_distill", ""), ("block_losses", "--overlap 1"),
+                                           ("imta", "--checkpoint x")])
+def test_no_method_vanishes_from_the_report(tmp_path, method, flags):
+    tables = report.report([write_run(tmp_path / "run", flags=f"--method {method} {flags}")])
+    paper = rows(tables, MSDNET)
+    assert set(paper["BoostNet, here"]) == set(paper["baseline, here"]) == {"not run"}
+    assert rows(tables, "300 epochs")[method_title(method)][0] == "70.00"
 
 
 @pytest.mark.parametrize("counts", [{"n_test": 500}, {"n_train": 49_999}, {"n_train": None}])
@@ -139,13 +178,14 @@ def test_half_precision_arithmetic_is_named_in_the_papers_table(tmp_path):
     assert "BoostNet, --amp bf16, here" in found
 
 
-def test_a_difference_of_methods_is_shown_of_runs_that_differ_in_nothing_else(tmp_path):
-    def difference(name, flags):
-        runs = [write_run(tmp_path / f"{name}0", flags="--epochs 3 --lr_milestones 2"),
-                write_run(tmp_path / f"{name}1", flags=f"--epochs 3 --lr_milestones 2 --method joint {flags}")]
-        return rows(report.report(runs), "last epoch").get("BoostNet less joint training")
-
-    assert difference("a", "") == ["+0.00"] * 10 and difference("b", "--lr_f 0.2") is None
+@pytest.mark.parametrize("schedule, title, row", [
+    ("--epochs 3 --lr_milestones 2", "last epoch", "BoostNet less joint training"), ("", MSDNET, "BoostNet less baseline, here")])
+@pytest.mark.parametrize("flags, other", [
+    ("", {}), ("--amp bf16", {}), ("--batch-size 32", {"processes": 2}), ("", {"data_hash": "b"}), ("", {"n_train": 45_000})])
+def test_a_difference_of_methods_is_shown_of_runs_that_differ_in_nothing_else(tmp_path, schedule, title, row, flags, other):
+    runs = [write_run(tmp_path / "boost", 65.5, flags=schedule, data_hash="a"),
+            write_run(tmp_path / "joint", 64.0, flags=f"{schedule} --method joint {flags}", **{"data_hash": "a", **other})]
+    assert rows(report.report(runs), title).get(row) == (None if flags or other else ["+1.50"] * 10)
 
 
 def test_the_papers_numbers_are_complete():
@@ -181,8 +221,8 @@ def test_published_results_are_shown_with_their_budgets(capsys):
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "holds no finished run"), ("no", "is not the results.json"), ("[]", "is not the results.json"),
-    ('{"config": {}}', "holds no finished run"), ('{"config": {}, "test": {}}', "is not the results.json")])
+    (None, "holds no finished run"), ("no", "is damaged"), ("[]", "is damaged or of something else"),
+    ('{"config": {}}', "holds no finished run"), ('{"config": {}, "test": {}}', "format is missing")])
 def test_folders_without_a_finished_run_end_with_one_line(tmp_path, capsys, content, message):
     if content is not None:
         (tmp_path / "results.json").write_text(content)
@@ -211,7 +251,8 @@ def test_settings_that_are_no_numbers_end_with_one_line(tmp_path, capsys, name):
     ("config.arch", None), ("config.seed", float("inf")), ("processes", float("inf")), ("test.n_test", "60"),
     ("test.dataset", []), ("config.ensemble_reweight", ["x"]), ("config.ensemble_reweight", []),
     ("config.arch", []), ("test.macs", [10**400] * 10),
-    ("best_on_test", {"top1": [None] * 10}), ("test.top1", None), ("config.lr_f", "fast")])
+    ("best_on_test", {"top1": [None] * 10}), ("best_on_test", {"top1": [1.0]}), ("test.top1", None), ("test.top1", [1.0]),
+    ("test.method", "magic"), ("format", 2)])
 def test_results_that_make_no_sense_end_with_one_line(tmp_path, capsys, path, value):
     file = write_run(tmp_path / "run") / "results.json"
     results = json.loads(file.read_text())
@@ -221,15 +262,90 @@ def test_results_that_make_no_sense_end_with_one_line(tmp_path, capsys, path, va
         place = place[key]
     place[name] = value
     file.write_text(json.dumps(results))
-    assert "is not the results.json of a run" in one_line_error(capsys, lambda: report.main([str(file.parent)]))
+    message = one_line_error(capsys, lambda: report.main([str(file.parent)]))
+    assert f"{file} is damaged" in message and (f"{path}" in message or "not one number for each exit" in message)
 
 
-def test_runs_on_other_data_are_not_averaged(tmp_path):
-    runs = [write_run(tmp_path / str(seed), flags=f"--seed {seed}") for seed in (0, 1)]
-    for run, data_hash in zip(runs, "ab"):
-        results = json.loads((run / "results.json").read_text())
-        (run / "results.json").write_text(json.dumps({**results, "data_hash": data_hash}))
-    assert not any("n = 2" in row for row in rows(report.report(runs), MSDNET))
+@pytest.mark.parametrize("other", [{"data_hash": "b"}, {"n_train": 45_000}, {"processes": 2}, {"epoch": 299}])
+def test_runs_of_other_data_processes_or_epochs_are_not_averaged(tmp_path, other):
+    schedule = "--epochs 300 --lr_milestones 100"
+    runs = [write_run(tmp_path / "0", data_hash="a", flags=schedule),
+            write_run(tmp_path / "1", flags=f"{schedule} --seed 1", **{"data_hash": "a", **other})]
+    text = "\n".join(table.text() for table in report.report(runs))
+    assert "n = 2" not in text and "+-" not in text
+
+
+def test_what_else_differs_is_named(tmp_path):
+    runs = [write_run(tmp_path / str(n), flags="--epochs 3", n_train=n, processes=n // 25_000) for n in (25_000, 50_000)]
+    assert [name for name in rows(report.report(runs), "3 epochs") if "BoostNet" in name] == [
+        "BoostNet, processes 1, training images 25000", "BoostNet, processes 2, training images 50000"]
+
+
+# Budgets
+
+def test_budgets_show_test_figures(tmp_path):
+    [table] = report.report([write_curve(tmp_path / "run")])
+    assert table.title == ("Budgeted batch, CIFAR-100, msdnet_ge with 2 exits, budgets solved by eq. 9: top-1 % on 10,000 test "
+                           "images, 10^6 MACs per image")
+    assert [table.columns, *table.rows] == [["budget", "10.00", "20.00", "30.00"],
+                                            ["BoostNet (run)", "60.50", "70.50", "80.50"],
+                                            ["  MACs spent", "12.00", "22.00", "32.00"]]
+
+
+def test_of_many_budgets_eight_are_shown_from_the_first_to_the_last(tmp_path):
+    [table] = report.report([write_curve(tmp_path / "run", budgets=range(40))])
+    assert [float(cell) for cell in table.columns[1:]] == [0, 6, 11, 17, 22, 28, 33, 39]
+    assert [float(cell) for cell in table.rows[0][1:]] == [50.5, 56.5, 61.5, 67.5, 72.5, 78.5, 83.5, 89.5]
+
+
+def test_the_released_sweep_is_shown_by_its_q(tmp_path):
+    [table] = report.report([write_curve(tmp_path / "run", family="released", flat=True)])
+    assert table.columns == ["q", "0.10", "0.20", "0.30"] and "flat curve" in table.title and "released sweep" in table.title
+
+
+@pytest.mark.parametrize("other", [{"split_hash": "t"}, {"family": "released"}, {"flat": True}, {"n_test": 500},
+                                   {"config": {"base": 2}}, {"budgets": (10, 20, 31)}, {"dataset": "cifar10"}])
+def test_curves_of_other_images_or_networks_stand_in_a_table_of_their_own(tmp_path, other):
+    folders = [write_curve(tmp_path / "a"), write_curve(tmp_path / "b"), write_curve(tmp_path / "c", **other)]
+    first, second = report.report(folders)
+    assert [row[0] for row in first.rows[::2]] == ["BoostNet (a)", "BoostNet (b)"]
+    assert [row[0] for row in second.rows[::2]] == ["BoostNet (c)"]
+
+
+def test_how_an_epoch_was_chosen_is_named_where_it_differs_or_test_data_chose_it(tmp_path):
+    kinds = ["best on hold-out", "last epoch", "epoch", None]
+    folders = [write_curve(tmp_path / str(i), epoch_kind=kind) for i, kind in enumerate(kinds)]
+    [table] = report.report(folders)
+    assert [row[0] for row in table.rows[::2]] == ["BoostNet, best on hold-out (0)", "BoostNet, last epoch (1)",
+                                                   "BoostNet, epoch 12 (2)", "BoostNet (3)"]
+    [table] = report.report([write_curve(tmp_path / name, epoch_kind="best on test set") for name in "ab"])
+    assert [row[0] for row in table.rows[::2]] == ["BoostNet, best on test set (a)", "BoostNet, best on test set (b)"]
+
+
+def test_patience_has_no_budgets(tmp_path, capsys):
+    run = write_curve(write_run(tmp_path / "run"), family="patience", points=[{
+        "budget": None, "patience": 1, **dict.fromkeys(("valid_mean_macs", "valid_top1", "test_mean_macs", "test_top1"), 1)}])
+    assert not any("Budgeted" in table.title for table in report.report([run]))
+
+
+# What cannot be read
+
+def test_what_cannot_be_read_is_named_and_does_not_keep_the_others_from_being_shown(tmp_path, capsys):
+    write_curve(write_run(tmp_path / "good", 65.0))
+    (write_run(tmp_path / "cut") / "results.json").write_text('{"format": 1, ')
+    (tmp_path / "folder" / "results.json").mkdir(parents=True)
+    (write_curve(tmp_path / "curve") / "dynamic.json").write_text("{}")
+    assert report.main([str(path) for path in sorted(tmp_path.iterdir())]) == 0
+    out = capsys.readouterr().out
+    assert "65.00" in out and "60.50" in out
+    for path in ("cut/results.json is damaged", "folder is left out", "curve/dynamic.json is left out"):
+        assert f"{tmp_path}/{path}" in out
+
+
+def test_files_of_anytime_evaluations_are_not_read(tmp_path):
+    folder = write_curve(tmp_path / "run")
+    (folder / "anytime.json").write_text("no")
+    assert len(report.report([folder])) == 1
 
 
 def test_the_same_run_twice_is_refused(tmp_path, capsys):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from utils.runs import checkpoint
-from utils.runs.folder import RESULTS
+from utils.runs.result_files import RESULTS
 from utils.training import engine
 
 CLOCK = ("seconds", "images_per_s")   # what two equal runs differ in

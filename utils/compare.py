@@ -29,10 +29,10 @@ from utils.core.signals import SIGNALS
 from utils.options.flags import build_parser
 from utils.options.parser import OneLineParser, is_path
 from utils.reports.comparison import FOOTPRINT, draw, markdown, read_row, text
+from utils.reports.finished_runs import read_evaluation
 from utils.reports.style import save
 from utils.runs.checkpoint import LATEST, load_latest
-from utils.runs.folder import RESULTS
-from utils.runs.result_files import read_file, stem
+from utils.runs.result_files import RESULTS, stem
 
 ROOT = Path(__file__).parent.parent
 COMMAND = "command.json"
@@ -160,7 +160,7 @@ def evaluate(method: str, folder: Path, flags: Sequence[str], temperatures: Sequ
 def _is_usual(path: Path, ensemble: str | None, epoch: int | None) -> bool:
     """Whether an evaluation file is what this program would write: somebody may have evaluated here with other flags."""
     try:
-        content = read_file(path)
+        content = read_evaluation(path)
     except UserError:
         return False
     if content.get("ensemble") != ensemble or content.get("epoch") != epoch:

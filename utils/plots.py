@@ -20,9 +20,10 @@ from adaptive_inference import combine_sizes
 from utils.core.errors import UserError, user_errors
 from utils.options.catalog import arch_title, method_title, title_of
 from utils.options.parser import OneLineParser
+from utils.reports.finished_runs import kinds_of_epoch, read_evaluations
 from utils.reports.paper import ANYTIME, BACKBONES, BUDGETED, Published
 from utils.reports.style import COLOURS, INK, LEGEND, LINES, MARKERS, MILLIONS, PALE, TOP1, dress, new_figure, plain, save
-from utils.runs.result_files import FAMILIES, read_results, reading_words
+from utils.runs.result_files import FAMILIES, reading_words
 
 
 def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None, *, paper: str = "auto",
@@ -41,10 +42,10 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None, *
     Raises:
         UserError: nothing to draw, or results that do not belong into one figure.
     """
-    results = [result for folder in folders for result in read_results(Path(folder))]
-    datasets = sorted({str(result["dataset"]) for result in results})
-    if len(datasets) > 1:
-        raise UserError(f"these runs are of different data sets ({', '.join(datasets)}); draw one figure for each")
+    results = [result for folder in folders for result in read_evaluations(Path(folder))]
+    judged = sorted({f"{result['dataset']}, {result['n_test']:,} images" for result in results})
+    if len(judged) > 1:
+        raise UserError(f"these runs are of different test sets ({'; '.join(judged)}); draw one figure for each")
     anytime = group_sizes([result for result in results if "points" not in result], separate)
     budgeted = group_sizes([result for result in results if "points" in result], separate)
     curves = [budgeted_curve(group) for group in budgeted]  # refuses different splits before anything is written
@@ -63,7 +64,7 @@ def group_sizes(results: Sequence[dict], separate: bool) -> list[list[dict]]:
     """Results that share one colour: the sizes of a model together, everything else alone."""
     models: dict[tuple, list[dict]] = {}
     for result in results:
-        model = tuple(result.get(key) for key in ("arch", "method", "suffix", "family", "flat"))
+        model = tuple(result.get(key) for key in ("arch", "method", "suffix", "family", "flat", "epoch_kind"))
         models.setdefault(model, []).append(result)
     groups = []
     for members in models.values():
@@ -126,8 +127,8 @@ def positions(points: Sequence[dict]) -> tuple[list[float], list[float]]:
 def labels(results: Sequence[dict], sizes: Sequence[int] | None = None, name_family: bool = False) -> list[str]:
     """What the legend calls each result: method and network, and more where that is not enough to tell them apart."""
     found = []
-    for result, size in zip(results, sizes or [1] * len(results), strict=True):
-        words = [f"{method_title(result['method'])}, {arch_title(result['arch'])}", *reading_words(result)]
+    for result, size, kind in zip(results, sizes or [1] * len(results), kinds_of_epoch(results), strict=True):
+        words = [f"{method_title(result['method'])}, {arch_title(result['arch'])}", *reading_words(result), kind]
         words += [f"{size} sizes combined"] if size > 1 else []
         words += [FAMILIES[result["family"]].short] if name_family else []
         words += ["flat curve"] if result.get("flat") else []

@@ -3,10 +3,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
+
+from utils.core.errors import UserError
 
 # In the name of a file that is not complete yet, in front of the number of the process that writes it.
 TEMPORARY = ".boostnet-tmp."
@@ -66,3 +70,51 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is whole or absent."""
     with atomic_write(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_json(path: Path, required: Any = dict, older: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Content of a JSON file.
+
+    Args:
+        required: its shape, see `misfit`.
+        older: entries that stand in for those that older versions did not write.
+    Raises:
+        UserError: when it is damaged or of something else.
+        OSError: when it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if isinstance(content, dict):
+        content = {**older, **content}
+    if problem := misfit(content, required):
+        raise UserError(f"{path} is damaged or of something else: {problem}")
+    return content
+
+
+def misfit(value: Any, shape: Any, place: str = "") -> str | None:
+    """What in a JSON value is not of a shape; None where it fits.
+
+    A shape is a dict of names and shapes, for an object with at least these entries; [shape], for one or more values; a tuple, of
+    which one fits; a type, where float stands for every finite number; or the value itself.
+    """
+    if isinstance(shape, tuple):
+        problems = [misfit(value, one, place) for one in shape]
+        return None if None in problems else problems[0]
+    if isinstance(shape, dict) and isinstance(value, dict):
+        for name, inner in shape.items():
+            here = f"{place}.{name}" if place else name
+            if problem := misfit(value[name], inner, here) if name in value else f"{here} is missing":
+                return problem
+        return None
+    if isinstance(shape, list) and shape and isinstance(value, list) and value:
+        problems = (misfit(entry, shape[0], f"{place}[{i}]") for i, entry in enumerate(value))
+        return next(filter(None, problems), None)
+    if shape is float:
+        fits = type(value) in (int, float) and abs(value) < 1e30   # refuses NaN
+    elif isinstance(shape, type):
+        fits = type(value) is shape
+    else:
+        fits = type(value) is type(shape) and value == shape
+    return None if fits else f"{place or 'its content'} cannot be {reprlib.repr(value)}"

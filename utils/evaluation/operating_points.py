@@ -1,7 +1,6 @@
 """Exit thresholds of a trained network: fitted for a budget on its hold-out, or as an evaluation left them in the run folder."""
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,14 @@ import numpy as np
 
 from adaptive_inference import exit_shares, fit_thresholds, solve_exit_rate
 from utils.core.errors import UserError
+from utils.core.files import misfit, read_json
 from utils.runs.checkpoint import hash_weights
 from utils.runs.result_files import stem
 
 # Budgets where none are asked for, as shares of the way from the cost of the first exit to that of the last.
 DEFAULT_BUDGETS = (0.1, 0.275, 0.45, 0.625, 0.8)
+# What is read of a stored point.
+POINT = {"budget": float, "test_top1": float, "thresholds": [float]}
 
 
 def require_hold_out(data) -> None:
@@ -58,12 +60,9 @@ def stored(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperature
     read = {"temperatures": list(temperatures or saved.get("temperatures") or []), "ensemble": ensemble, "policy": policy}
     path = folder / f"{stem('dynamic', read, suffix)}.json"
     try:
-        curve = json.loads(path.read_text())
-        _check_curve(curve)
+        curve = read_json(path, {"macs": [float], "points": list})
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); evaluate with --evalmode dynamic again") from error
     split = saved.get("split")
     trained = {"method": saved.get("method"), "config": saved.get("architecture")}
     weights = curve.get("weights_hash")   # older files have none
@@ -71,22 +70,14 @@ def stored(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperature
             and all(curve.get(name, how) == how for name, how in read.items())
             and all(how is None or curve.get(name) == how for name, how in trained.items())
             and curve.get("split_hash") == (split["hash"] if split else None))
-    return curve["points"] if same and curve.get("family") == "eq9" and not curve.get("flat") else []
-
-
-def _check_curve(curve: Any) -> None:
-    """Raise ValueError where a curve lacks what is read of it; of points, only those by eq. 9 are read."""
-    if not isinstance(curve, dict) or not isinstance(curve.get("macs"), list) or not isinstance(curve.get("points"), list):
-        raise ValueError("it is no curve")
-    for point in curve["points"] if curve.get("family") == "eq9" else []:
-        thresholds = point.get("thresholds") if isinstance(point, dict) else None
-        numbers = [point.get("budget"), point.get("test_top1"), *thresholds] if isinstance(thresholds, list) else [None]
-        if len(numbers) != 2 + len(curve["macs"]) or not all(_is_number(x) for x in numbers) or point["budget"] <= 0:
-            raise ValueError("a point has not a budget, an accuracy and one threshold for each exit")
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -1e30 < value < 1e30
+    if not same or curve.get("family") != "eq9" or curve.get("flat"):
+        return []
+    problem = misfit(curve["points"], [POINT], "points")
+    if not problem and any(len(point["thresholds"]) != len(curve["macs"]) for point in curve["points"]):
+        problem = "a point has not one threshold for each exit"
+    if problem:
+        raise UserError(f"{path} is damaged ({problem}); evaluate with --evalmode dynamic again")
+    return curve["points"]
 
 
 def choose(points: Sequence[dict[str, Any]], costs: Sequence[float], budget: float | None) -> dict[str, Any] | None:

@@ -21,15 +21,15 @@ from adaptive_inference import budget_curve, released_curve
 from models import BoostedNet
 from utils.core import distributed, lock
 from utils.core.errors import UserError
-from utils.core.files import atomic_write, write_json
+from utils.core.files import atomic_write, misfit, read_json, write_json
 from utils.core.log import say
 from utils.core.tables import format_table
 from utils.evaluation.operating_points import finite, require_hold_out
 from utils.evaluation.predict import Predictions, predict
 from utils.options.parser import rising
 from utils.runs import checkpoint
-from utils.runs.folder import RESULTS, SPLIT
-from utils.runs.result_files import is_list_of, is_number
+from utils.runs.folder import SPLIT
+from utils.runs.result_files import RESULTS
 
 KINDS = ("anytime", "dynamic")
 CURVES = ("anytime", "dynamic", "dynamic_released")   # files that are drawn from the arrays
@@ -111,12 +111,9 @@ def _read_results(run: Path) -> dict[str, Any] | None:
     path = run / RESULTS
     if not path.exists():
         return None
-    try:
-        results = json.loads(path.read_text())
-        config = {name: Path(value).name if name in PATHS and value else value for name, value in results["config"].items()}
-        return {**results, "config": config}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is not the {RESULTS} of a run ({type(error).__name__} {error}); put it right or away") from error
+    results = read_json(path, {"config": dict})
+    config = {name: Path(str(value)).name if name in PATHS and value else value for name, value in results["config"].items()}
+    return {**results, "config": config}
 
 
 def _require_own_folder(folder: Path, about: dict[str, Any], results: dict[str, Any] | None) -> None:
@@ -174,7 +171,7 @@ def redraw(folder: Path, kind: str) -> list[Path]:
     needed = {"test"} if kind == "anytime" else {"test", "valid"}
     n_exits = {len(part) for arrays in parts.values() for part in arrays}
     macs = about.get("macs")
-    drawable = is_list_of(is_number, macs) and all(step > 0 for step in rising(macs)) and n_exits == {len(macs)}
+    drawable = misfit(macs, [float]) is None and all(step > 0 for step in rising(macs)) and n_exits == {len(macs)}
     if parts.keys() != needed or not drawable or "top5" not in about:
         raise UserError(f"{path} does not hold what {kind} curves are drawn from")
     test = parts["test"]

@@ -1,21 +1,24 @@
 """Methods side by side, from the folders of finished and evaluated runs: one table and one figure."""
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.core.errors import UserError
+from utils.core.files import read_json
 from utils.core.tables import format_table, millions
 from utils.options.catalog import method_title, title_of
+from utils.reports.finished_runs import read_evaluation
 from utils.reports.style import COLOURS, INK, LINES, MARKERS, MILLIONS, TOP1, dress, new_figure, plain
-from utils.runs.folder import RESULTS
-from utils.runs.result_files import read_file, reading_words, stem
+from utils.runs.result_files import RESULTS, reading_words, stem
 
 FOOTPRINT = "footprint.json"   # what `utils.footprint` wrote of the training
+# What is read of it and of results.json.
+PEAKS = {"peak_rss_bytes": int, "peak_cuda_bytes": int}
+TRAINED = {"config": {"seed": int}, "epochs": [{"seconds": float}],
+           "versions": {"device": str, "threads": int, "torch": str}}
 PALETTE = (*COLOURS, INK)
 # Where the table reads the budgeted curves, as shares of the way from the cost of the first exit to that of the last.
 READ_AT = (0.25, 0.5, 0.75)
@@ -69,32 +72,19 @@ def read_row(run: Path, reading: Mapping[str, Any], *, after: Path | None = None
         after: folder of the run that it started from.
         colour, line: see `Row`.
     Raises:
-        UserError: when a file is missing or damaged.
+        UserError: when a file is damaged.
+        FileNotFoundError: when it is missing.
     """
-    anytime, dynamic = (read_file(run / f"{stem(mode, reading)}.json") for mode in ("anytime", "dynamic"))
-    trained, footprint = _read(run / RESULTS), _read(run / FOOTPRINT)
-    try:
-        train_s = memory = None
-        if not reading:
-            folders = [run, *([after] if after else [])]
-            train_s = sum(float(epoch["seconds"]) for folder in folders for epoch in _read(folder / RESULTS)["epochs"])
-            peaks = [_read(folder / FOOTPRINT) for folder in folders]
-            memory = max(int(peak["peak_cuda_bytes"] or peak["peak_rss_bytes"]) for peak in peaks)
-        machine = trained["versions"]
-        versions = {"device": machine["device"], "threads": int(machine["threads"]), "torch": machine["torch"]}
-        anytime["n_valid"] = int(anytime["n_valid"])
-        return Row(anytime, dynamic, colour, line, train_s, memory, footprint["peak_cuda_bytes"] > 0, len(trained["epochs"]),
-                   int(trained["config"]["seed"]), versions)
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise UserError(f"{run}: {RESULTS} or {FOOTPRINT} is of something else ({type(error).__name__} {error}); train this run "
-                        "again") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}); train and evaluate this run again") from error
+    anytime, dynamic = (read_evaluation(run / f"{stem(mode, reading)}.json") for mode in ("anytime", "dynamic"))
+    trained, footprint = read_json(run / RESULTS, TRAINED), read_json(run / FOOTPRINT, PEAKS)
+    train_s = memory = None
+    if not reading:
+        folders = [run, *([after] if after else [])]
+        train_s = sum(epoch["seconds"] for folder in folders for epoch in read_json(folder / RESULTS, TRAINED)["epochs"])
+        peaks = [read_json(folder / FOOTPRINT, PEAKS) for folder in folders]
+        memory = max(peak["peak_cuda_bytes"] or peak["peak_rss_bytes"] for peak in peaks)
+    return Row(anytime, dynamic, colour, line, train_s, memory, footprint["peak_cuda_bytes"] > 0, len(trained["epochs"]),
+               trained["config"]["seed"], trained["versions"])
 
 
 # The table

@@ -1,7 +1,6 @@
 """A run's folder and what is written to it: log, TensorBoard scalars, results.json."""
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,14 +11,15 @@ import torch
 
 from utils.core import distributed
 from utils.core.errors import UserError
-from utils.core.files import sweep, write_json
+from utils.core.files import read_json, sweep, write_json
 from utils.core.lock import locked
 from utils.core.log import close_log, open_log
 from utils.core.machine import versions
 from utils.data.split import Split
 from utils.runs.checkpoint import BEST, LATEST, PREVIOUS, TEST_BEST, load, load_latest
+from utils.runs.result_files import RESULTS
 
-RESULTS, SPLIT = "results.json", "split.pth"
+SPLIT = "split.pth"
 
 
 class Run:
@@ -115,8 +115,8 @@ def epochs_begun(saved: dict[str, Any]) -> int:
 def finished(folder: Path, epochs: int) -> bool:
     """Whether the run in `folder` was tested after `epochs` epochs, so that nothing is left to do; the log says so."""
     try:
-        tested = json.loads((folder / RESULTS).read_text())["test"]["epoch"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):   # whatever is wrong with it, the run will write it again
+        tested = read_json(folder / RESULTS, {"test": {"epoch": int}})["test"]["epoch"]
+    except (UserError, OSError):   # whatever is wrong with it, the run will write it again
         return False
     if tested == epochs and distributed.is_main():
         logging.getLogger("boostnet").info("the run in %s is finished: nothing to do", folder)
