@@ -5,12 +5,13 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 import train_cifar100
@@ -20,8 +21,9 @@ from utils.data import cache as array_cache
 from utils.data import folders as listing
 from utils.data import large_images as imagefolder
 from utils.data.augment import IMAGENET_STATISTICS
-from utils.data.decoders import DECODERS, PillowDecoder, random_box, sample_generator, scaled_size
+from utils.data.decoders import DECODERS, PillowDecoder, decode, random_box, sample_generator, scaled_size
 from utils.data.folders import PackedStrings, scan
+from utils.evaluation.classify import read_images
 
 SIZES = [(320, 240), (240, 321), (500, 260), (261, 262), (230, 400), (300, 300)]
 
@@ -125,6 +127,63 @@ def test_images_too_long_for_any_box_give_torchvisions_middle_or_a_box_inside(si
     if max(size) == 1000:
         top, left, height, width = RandomResizedCrop.get_params(Image.new("L", size), [0.08, 1.0], [3 / 4, 4 / 3])
         assert box == (left, top, left + width, top + height)
+
+
+TURNS = {1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE",
+         8: "ROTATE_270"}   # from upright to how it is stored
+
+
+def save_turned(upright: Image.Image, path: Path, orientation: int, **options) -> None:
+    """As a camera does that was held another way: the pixels turned, and a tag that says so."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turn = TURNS.get(orientation)
+    stored = upright.transpose(Image.Transpose[turn]) if turn else upright
+    stored.save(path, exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_read_upright(tmp_path, orientation):
+    upright = picture(60, 40)
+    for kind in ("png", "webp"):
+        save_turned(upright, tmp_path / "turned.jpg", orientation, format=kind, lossless=True)
+        assert np.array_equal(decode(tmp_path / "turned.jpg"), upright)
+    save_turned(upright, tmp_path / "turned.jpg", orientation)
+    with Image.open(tmp_path / "turned.jpg") as image:
+        assert np.array_equal(decode(tmp_path / "turned.jpg"), ImageOps.exif_transpose(image))
+
+
+def test_training_evaluation_and_a_users_own_files_see_the_same_side_up(tmp_path):
+    """Lossless files, so that a stored-upright and a turned copy have the same pixels."""
+    for i, root in enumerate((tmp_path / "upright", tmp_path / "turned")):
+        for part in ("train", "val"):
+            for label in "ab":
+                (root / part / label).mkdir(parents=True)
+                save_turned(picture(320, 240, seed=ord(label)), root / part / label / "0.png", 6 if i else 1)
+    upright, turned = (open_folder(tmp_path / name) for name in ("upright", "turned"))
+    for read in (lambda data: data.train(0), lambda data: data.test()):
+        assert torch.equal(images_of(read(upright)), images_of(read(turned)))
+    own = [read_images([str(tmp_path / name / "val" / label / "0.png") for label in "ab"], "folder", 224)
+           for name in ("upright", "turned")]
+    assert torch.equal(*own) and torch.equal(own[0], images_of(turned.test()))
+
+
+def test_small_images_are_read_upright_too(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        for orientation in (1, 6):
+            save_turned(picture(32, 32), tmp_path / part / "a" / f"{orientation}.png", orientation)
+    upright, turned = images_of(open_folder(tmp_path, image_size=32).test())
+    assert torch.equal(upright, turned)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0nonsense, nonsense", b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01", b"Exif\0\0"])
+def test_damaged_exif_data_do_not_make_an_image_unreadable(tmp_path, exif):
+    picture(60, 40).save(tmp_path / "a.jpg", exif=exif, dpi=(72, 72))   # else Pillow itself looks there for the resolution
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        assert decode(tmp_path / "a.jpg").size == (60, 40)
+    assert shown == []
 
 
 def test_shorter_side_is_scaled_and_the_longer_one_rounded_down():
@@ -329,6 +388,19 @@ def test_torchcodec_decodes_the_same_pixels_and_scales_nearly_the_same(folder):
     pytest.importorskip("torchcodec")
     files = scan(folder / "val")
     assert_close_to_pillow([files.path(i) for i in range(len(files.files))])
+
+
+def test_both_decoders_turn_images_and_take_the_first_frame(tmp_path):
+    pytest.importorskip("torchcodec")
+    for orientation in range(10):
+        for kind in ("jpeg", "png", "webp"):
+            save_turned(picture(320, 240), tmp_path / f"{kind}{orientation}.jpg", orientation, format=kind)
+    frames = [picture(300, 260, seed=seed) for seed in range(3)]
+    for kind in ("gif", "webp", "png"):
+        frames[0].save(tmp_path / f"moving_{kind}.jpg", format=kind, save_all=True, append_images=frames[1:])
+    picture(300, 260).convert("RGBA").save(tmp_path / "seen_through.jpg", format="png")
+    picture(300, 260).save(tmp_path / "odd.jpg", exif=b"Exif\0\0nonsense, nonsense")
+    assert_close_to_pillow(sorted(map(str, tmp_path.iterdir())))
 
 
 def test_torchcodec_reports_unreadable_images_too(damaged):

@@ -4,26 +4,86 @@
 which the paper's training used. `torchcodec` decodes to the same pixels with TorchCodec and scales them with PyTorch, which
 rounds differently: on ImageNet images 3 % of the values of a training crop and 0.3 % of an evaluation crop are one of the 256
 levels off, and fewer than one in a million are two.
+
+One rule holds for training, evaluation and a user's own files, with both decoders: an image is turned as the orientation in
+its EXIF data says, and of an animation the first frame is taken. (torchvision's ImageFolder leaves images as they are stored.)
 """
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from utils.core.errors import UserError
-from utils.data.small_images import to_rgb
 
 AREAS = (0.08, 1.0)  # share of the image a random crop covers
 ASPECTS = (3 / 4, 4 / 3)  # its width over its height
 ATTEMPTS = 10
 Box = tuple[int, int, int, int]  # left, top, right, bottom
+JPEG_START = b"\xff\xd8"
+
+# What puts an image upright, by the orientation in its EXIF data.
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
+
+
+def decode(path: str | Path) -> Image.Image:
+    """`read_rgb`, with an error for the user.
+
+    Raises:
+        UserError: naming the file, when it cannot be read.
+    """
+    try:
+        return read_rgb(path)
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
+        raise UserError(f"{path} cannot be read as an image: {explain(error)}") from error
+
+
+def read_rgb(path: str | Path) -> Image.Image:
+    """The image in `path`, or the first of several, upright and as 8-bit RGB, whatever its extension claims."""
+    with open(path, "rb") as file, Image.open(file) as image:
+        image.load()
+        turn = UPRIGHT.get(_orientation(image))
+        rgb = image if image.mode == "RGB" else _to_rgb(image)  # a conversion to the same mode would copy
+        return rgb if turn is None else rgb.transpose(turn)
+
+
+def explain(error: Exception) -> str:
+    """Why an image could not be read, for a sentence; Pillow's own words show the file object in place of its name."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is of no image format that Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def _orientation(image: Image.Image) -> Any:
+    """The orientation that the EXIF data of a loaded image state, if any; damaged EXIF data state none."""
+    if "exif" not in image.info:
+        return None
+    exif = Image.Exif()
+    with warnings.catch_warnings(), suppress(Exception):
+        warnings.simplefilter("ignore")
+        exif.load(image.info["exif"])
+        return exif.get(ExifTags.Base.Orientation)
+    return None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as 8-bit RGB; the shades of 16-bit grey are scaled down, not clipped."""
+    if image.mode.startswith("I"):  # "I;16", or "I" in older versions of Pillow
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def random_box(generator: np.random.Generator, width: int, height: int) -> Box:
@@ -61,11 +121,7 @@ class PillowDecoder:
     """The faithful default."""
 
     def load(self, path: str) -> Image.Image:
-        with open(path, "rb") as file, Image.open(file) as image:
-            if image.mode != "RGB":
-                return to_rgb(image)
-            image.load()  # spares the copy that a conversion to the same mode makes
-            return image
+        return read_rgb(path)
 
     def size(self, image: Image.Image) -> tuple[int, int]:
         return image.size
@@ -83,7 +139,9 @@ class PillowDecoder:
 
 
 class TorchCodecDecoder:
-    """TorchCodec and PyTorch instead of Pillow; formats it does not know are left to Pillow.
+    """TorchCodec and PyTorch instead of Pillow for JPEG; other formats are left to Pillow, so that both see the same.
+
+    TorchCodec turns JPEG images as their EXIF orientation says, like `read_rgb`.
 
     Raises:
         UserError: when the library is not installed.
@@ -98,10 +156,11 @@ class TorchCodecDecoder:
         self.pillow = PillowDecoder()
 
     def load(self, path: str) -> Tensor:
-        try:
-            return self.decode_image(path, mode="RGB")
-        except (ValueError, RuntimeError):  # Pillow reads more formats, and its message is the one users can look up
-            return torch.from_numpy(np.array(self.pillow.load(path))).permute(2, 0, 1)
+        content = Path(path).read_bytes()
+        if content.startswith(JPEG_START):
+            with suppress(ValueError, RuntimeError):  # Pillow may read it, and its message is the one users can look up
+                return self.decode_image(content, mode="RGB")
+        return torch.from_numpy(np.array(self.pillow.load(path))).permute(2, 0, 1)
 
     def size(self, image: Tensor) -> tuple[int, int]:
         return image.shape[2], image.shape[1]

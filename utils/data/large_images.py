@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from utils.core.errors import UserError
 from utils.core.signals import held_back, leave_signals_to_parent
 from utils.data.augment import Normalise
-from utils.data.decoders import DECODERS, evaluation_crop, random_box, sample_generator
+from utils.data.decoders import DECODERS, evaluation_crop, explain, random_box, sample_generator
 from utils.data.folders import Listing
 from utils.data.sampling import Plan
 
@@ -53,7 +53,7 @@ class _Cropper(Dataset):
                 rows[len(read)] = self._crop(position)
                 read.append(position)
             except Exception as error:  # damaged files make decoders raise nearly anything; the main process decides
-                failures.append((position, f"{type(error).__name__}: {error}"))
+                failures.append((position, explain(error)))
         return Crops(pixels[:len(read)], torch.tensor(read, dtype=torch.int64), failures)
 
     def _crop(self, position: int) -> np.ndarray:

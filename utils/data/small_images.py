@@ -1,4 +1,4 @@
-"""Decoding image files, and all the small images of a class-folder data set as one array."""
+"""All the small images of a class-folder data set as one array."""
 from __future__ import annotations
 
 import os
@@ -9,35 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from utils.core.errors import UserError
 from utils.data.cache import load_or_build
+from utils.data.decoders import decode
 from utils.data.folders import Listing, cache_places, check_same_classes, find_test_folder, scan
 
 CHUNK = 500  # images per task of the decoding pool
-FORMAT = 1
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB; the shades of 16-bit grey are scaled down, not clipped."""
-    if image.mode.startswith("I"):  # "I;16", or "I" in older versions of Pillow
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def decode(path: str | Path) -> Image.Image:
-    """The image in `path` as RGB, whatever its extension claims.
-
-    Raises:
-        UserError: naming the file, when it cannot be read.
-    """
-    try:
-        with open(path, "rb") as file, Image.open(file) as image:
-            return to_rgb(image)
-    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
+FORMAT = 2  # of the cache; since 2 images are turned as their EXIF orientation says
 
 
 def read_class_folders(data_root: Path, image_size: int, quiet: bool = False) -> dict[str, np.ndarray]:
