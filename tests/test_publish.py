@@ -2,18 +2,23 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import command, make_images, one_line_error
 
 import eval_cifar100
 import train_cifar100
+from adaptive_inference import evaluate_thresholds
 from utils.evaluation import operating_points
 from utils.evaluation import published as publish
 from utils.plots import main as plots
 from utils.publish import main as publish_again
 from utils.runs import checkpoint
+
+PUBLISHED = Path(__file__).parent.parent / "published"
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +73,104 @@ def test_curves_come_back_from_the_arrays_alone(published, tmp_path, capsys):
     names = ("anytime.json", "dynamic.json", "dynamic_released.json")
     for name in ("arrays_anytime.npz", "arrays_dynamic.npz"):
         (tmp_path / name).write_bytes((published / name).read_bytes())
+    capsys.readouterr()
     assert publish_again([str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in names]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith("warning: ")] == [str(tmp_path / name) for name in names]
+    assert any("thresholds from 8 held-out images do not meet these budgets" in line for line in lines)
     for name in names:
         assert (tmp_path / name).read_bytes() == (published / name).read_bytes()
     assert len(json.loads((tmp_path / "dynamic.json").read_text())["points"]) == 40
 
 
-def test_arrays_hold_half_confidences_and_one_bit_for_each_answer(published):
+def test_arrays_hold_confidences_and_one_bit_for_each_answer(published):
     about, parts = publish.load_arrays(published / "arrays_dynamic.npz")
     assert about["n_test"] == 12 and parts["test"].confidence.shape == (2, 12) and parts["valid"].correct.shape == (2, 8)
+    assert about["confidence_type"] == "float32"
     assert (published / "arrays_dynamic.npz").stat().st_size < 4000
+
+
+def test_a_published_curve_is_that_of_the_published_weights(images, published, tmp_path):
+    """Point by point, thresholds included: nothing was rounded on the way into the arrays."""
+    assert eval_cifar100.main(["--data-root", str(images), "--evaluate-from", str(published / "model_dynamic.pth"),
+                               "--evalmode", "dynamic", "--result_dir", str(tmp_path), "--device", "cpu"]) == 0
+    again, stated = (json.loads((folder / "dynamic.json").read_text()) for folder in (tmp_path, published))
+    assert again["points"] == stated["points"]
+
+
+def confident(n: int, seed: int) -> publish.Arrays:
+    """What a network of three exits says that is sure of nearly all: a fifth to a third is within 2^-12 of 1."""
+    doubt = 10 ** np.random.default_rng(seed).uniform([[-4.5], [-5], [-6]], -0.5, (3, n))
+    return publish.Arrays((1 - doubt).astype(np.float32), np.random.default_rng(seed + 1).random((3, n)) > doubt)
+
+
+ABOUT = {"format": 1, "macs": [10, 40, 100], "top5": [1.0, 1.0, 1.0], "precision": "half"}
+
+
+def test_thresholds_of_a_network_that_is_sure_of_itself_survive(tmp_path, capsys):
+    valid, test = confident(5000, 0), confident(10000, 2)
+    assert 0.15 < (test.confidence > 1 - 2**-12).mean() < 0.4
+    publish.save_arrays(tmp_path / "arrays_dynamic.npz", {**ABOUT, "confidence_type": "float32"}, {"valid": valid, "test": test})
+    assert publish_again([str(tmp_path)]) == 0
+    assert "warning" not in (printed := capsys.readouterr().out) and "note" not in printed
+    curve = json.loads((tmp_path / "dynamic.json").read_text())
+    for point in curve["points"]:
+        assert abs(point["valid_mean_macs"] / point["budget"] - 1) < 0.005
+        _, spent, _ = evaluate_thresholds(test.confidence, test.correct, np.float32(point["thresholds"]), ABOUT["macs"])
+        assert spent == point["test_mean_macs"]
+
+
+def test_confidences_in_half_precision_are_pointed_out_and_their_thresholds_not_used(tmp_path, capsys, caplog):
+    """Files of older versions: nothing in them says how their confidences are stored."""
+    parts = {"valid": confident(5000, 0), "test": confident(9000, 2)}
+    rounded = {name: part._replace(confidence=part.confidence.astype(np.float16)) for name, part in parts.items()}
+    saved = {"state_dict": {"w": torch.zeros(2)}, "epoch": None, "split": None}
+    about = {**ABOUT, "temperatures": [], "epoch": None}
+    publish.save_arrays(tmp_path / "arrays_dynamic.npz", about, rounded)
+    assert publish_again([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    share = 100 * (rounded["test"].confidence == 1).mean()
+    assert f"all above 1 - 2^-12 are equal ({share:.1f} % of the test set's)" in printed and share > 15
+    assert "do not meet these budgets" in printed
+    assert operating_points.stored(tmp_path, saved) == []
+    assert "publish the checkpoint again" in caplog.text
+    curve = json.loads((tmp_path / "dynamic.json").read_text())
+    (tmp_path / "dynamic.json").write_text(json.dumps({**curve, "confidence_type": "float32"}))
+    assert len(operating_points.stored(tmp_path, saved)) == 40
+
+
+def test_a_published_file_that_is_published_again_keeps_its_figures_in_float32(images, published, tmp_path, capsys):
+    for kind in publish.KINDS:
+        assert eval_cifar100.main(["--data-root", str(images), "--evaluate-from", str(published / f"model_{kind}.pth"),
+                                   "--device", "cpu", "--publish", str(tmp_path / "boost"), "--evalmode", kind]) == 0
+    for name in ("anytime.json", "dynamic.json", "dynamic_released.json", "results.json"):
+        assert (tmp_path / "boost" / name).read_bytes() == (published / name).read_bytes()
+    alone = tmp_path / "alone.pth"
+    alone.write_bytes((published / "model_anytime.pth").read_bytes())
+    capsys.readouterr()
+    assert eval_cifar100.main(["--data-root", str(images), "--evaluate-from", str(alone), "--device", "cpu",
+                               "--publish", str(tmp_path / "again")]) == 0
+    assert "top1_float32" not in json.loads((tmp_path / "again" / "anytime.json").read_text())
+    assert capsys.readouterr().out.splitlines()[-1].split()[1::2] == ["-", "-"]
+
+
+@pytest.mark.parametrize("path", sorted(PUBLISHED.rglob("arrays_*.npz")), ids=lambda path: f"{path.parent.name} {path.stem}")
+def test_committed_curves_are_drawn_again_from_the_committed_arrays(path, tmp_path):
+    """All but exit rates and shares, whose last place depends on the processor, to the last bit."""
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+    drawn = publish.redraw(tmp_path, path.stem.removeprefix("arrays_"))
+    assert drawn
+    for file in drawn:
+        again, committed = (json.loads(text.read_text()) for text in (file, path.parent / file.name))
+        for one, other in zip(again.get("points", []), committed.get("points", []), strict=True):
+            for key in ("p", "shares"):
+                assert one.pop(key) == pytest.approx(other.pop(key), rel=1e-6)
+        assert again == committed
+
+
+@pytest.mark.parametrize("path", sorted(PUBLISHED.rglob("model_*.pth")), ids=lambda path: path.parent.name)
+def test_committed_weights_come_with_their_thresholds(path):
+    assert len(operating_points.stored(path.parent, checkpoint.load(path))) == 40
 
 
 @pytest.mark.parametrize("damage", ["missing", "other", "cut"])
@@ -148,12 +240,15 @@ def test_nothing_of_anything_else_is_overwritten(images, run, published, tmp_pat
         return eval_cifar100.main(["--data-root", str(images), "--evaluate-from", str(source / checkpoint.LATEST),
                                    "--device", "cpu", "--publish", str(folder)])
 
-    for name in ("results.json", "anytime.json", "model_anytime.pth", "run.lock", "split.pth"):
+    for name in ("results.json", "anytime.json", "model_anytime.pth", "run.lock", "split.pth", "notes.txt", "any.txt"):
         folder = tmp_path / name.replace(".", "_")
         folder.mkdir()
         (folder / name).write_bytes(b"{}")
         one_line_error(capsys, lambda folder=folder: publish_to(folder))
         assert [path.name for path in folder.iterdir()] == [name] and (folder / name).read_bytes() == b"{}"
+    (published / "flops.pth").write_bytes(b"")
+    assert "flops.pth is of something else" in one_line_error(capsys, lambda: publish_to(published))
+    (published / "flops.pth").unlink()
     assert train_cifar100.main(command(images, tmp_path / "other", "--lr_f", "0.01")) == 0
     capsys.readouterr()
     assert "of other flags" in one_line_error(capsys, lambda: publish_to(published, tmp_path / "other"))

@@ -10,6 +10,7 @@ import torch
 
 import eval_cifar100
 import train_cifar100
+from utils import export
 from utils.evaluation import operating_points, realtime
 from utils.evaluation.fast_form import load_model, prepare_for_inference
 from utils.runs import checkpoint
@@ -113,11 +114,44 @@ def test_images_are_fitted_to_a_budget_that_no_evaluation_has_left(images, run, 
     assert capsys.readouterr().out.splitlines()[-1].split()[-2] == "1"   # a budget of the first exit alone
 
 
+def test_a_budget_between_two_stored_ones_takes_the_lower_and_opens_no_data_set(images, run, tmp_path, capsys):
+    macs = json.loads((run / "results.json").read_text())["test"]["macs"]
+    low, high = (macs[0] + share * (macs[1] - macs[0]) for share in (0.25, 0.75))
+    assert evaluate(images, run, "--evalmode", "dynamic", "--budget", f"{low},{high}", "--result_dir", tmp_path) == 0
+    points = json.loads((tmp_path / "dynamic.json").read_text())["points"]
+    assert [operating_points.choose(points, macs, budget) for budget in (low - 1, low, (low + high) / 2, high, macs[1])] == [
+        None, points[0], points[0], points[1], points[1]]
+    capsys.readouterr()
+    assert eval_cifar100.main(["--data-root", str(tmp_path / "nowhere"), "--evaluate-from", str(run / "model_best.pth"),
+                               "--device", "cpu", "--result_dir", str(tmp_path), "--budget", f"{(low + high) / 2}",
+                               "--images", str(images / "test" / "class0" / "0.png")]) == 0
+    assert (f"Stored thresholds for {low / 1e6:.2f} x 10^6 MACs on average, the largest stored budget not above "
+            f"{(low + high) / 2e6:.2f};") in capsys.readouterr().out
+
+
+def test_outputs_without_a_class_folder_have_numbers(images, run, tmp_path, capsys):
+    """A hundred folders of ImageNet, and a network with its thousand outputs."""
+    saved = checkpoint.load(run / "model_best.pth")
+    checkpoint.save(tmp_path / "model_best.pth", {**saved, "class_names": ["the first"]})
+    assert evaluate(images, run, "--evalmode", "dynamic", "--result_dir", tmp_path) == 0
+    capsys.readouterr()
+    files = sorted(map(str, images.glob("test/*/*.png")))
+    assert evaluate(images, tmp_path, "--images", *files) == 0
+    printed = capsys.readouterr().out
+    assert "class 1" in printed or "class 2" in printed
+    model, saved = load_model(tmp_path / "model_best.pth")
+    assert export.describe(model, saved, [], [])["class_names"] == ["the first", "class 1", "class 2"]
+
+
 def test_mistakes_with_images_end_with_one_line(images, run, tmp_path, capsys):
-    text = tmp_path / "text.png"
+    text, cut = tmp_path / "text.png", tmp_path / "cut.png"
     text.write_text("no image")
-    assert str(text) in tiny.one_line_error(capsys, lambda: evaluate(images, run, "--images", text))
-    assert "missing.png" in tiny.one_line_error(capsys, lambda: evaluate(images, run, "--images", tmp_path / "missing.png"))
+    cut.write_bytes((images / "test" / "class0" / "0.png").read_bytes()[:-100])
+    for path, words in ((text, "cannot be read as an image: it is of no image format that Pillow knows"),
+                        (cut, "cannot be read as an image: "), (tmp_path / "missing.png", "is no file; --images takes"),
+                        (tmp_path, "is a folder; --images takes image files")):
+        message = tiny.one_line_error(capsys, lambda path=path: evaluate(images, run, "--images", path))
+        assert f"error: {path} {words}" in message and "<" not in message
     file = images / "test" / "class0" / "0.png"
     assert "out of range" in tiny.one_line_error(capsys, lambda: evaluate(images, run, "--images", file, "--budget", 1))
 

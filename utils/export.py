@@ -31,6 +31,7 @@ from utils.evaluation import operating_points
 from utils.evaluation.fast_form import load_model
 from utils.options.parser import OneLineParser
 from utils.runs import checkpoint
+from utils.runs.restore import name_outputs
 
 FORMAT = 1
 ABOUT = "model.json"
@@ -76,7 +77,8 @@ def describe(model: BoostedNet, saved: dict[str, Any], steps: Sequence[str], poi
     side = saved["architecture"]["image_size"]
     mean, std = statistics_of(saved["dataset"], side)
     return {"format": FORMAT, "arch": saved["architecture"]["arch"], "method": saved["method"], "dataset": saved["dataset"],
-            "steps": list(steps), "image_size": side, "mean": mean, "std": std, "class_names": saved["class_names"],
+            "steps": list(steps), "image_size": side, "mean": mean, "std": std,
+            "class_names": name_outputs(saved["class_names"], saved["architecture"]["num_classes"]),
             "temperatures": list(model.temperatures), "macs": measure_model(model, side, side)[0],
             "budgets": [{"macs": point["budget"], "thresholds": point["thresholds"], "test_top1": point["test_top1"]}
                         for point in points],

@@ -15,20 +15,20 @@ from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.tables import format_table, millions
 from utils.data.augment import Normalise, statistics_of
-from utils.data.decoders import PillowDecoder, evaluation_crop
+from utils.data.decoders import PillowDecoder, decode, evaluation_crop
 from utils.evaluation import operating_points
 from utils.evaluation.confidence import POLICIES, read_exits
 from utils.evaluation.early_exit import EarlyExit, Exits
 from utils.evaluation.fast_form import prepare_for_inference
 from utils.evaluation.predict import predict
-from utils.runs.restore import restore
+from utils.runs.restore import name_outputs, restore
 
 
 def classify_files(args: argparse.Namespace, saved: dict[str, Any], open_data: Callable[[], Any], device: torch.device) -> None:
     """Print class, confidence and exit of every file of `args.images`.
 
-    Thresholds are those that `--evalmode dynamic` left beside the checkpoint for the budget; where there are none, they are
-    fitted now on the hold-out.
+    Thresholds are those that `--evalmode dynamic` left beside the checkpoint for the largest budget not above the one asked
+    for; where there are none, they are fitted now on the hold-out.
 
     Args:
         open_data: opens the checkpoint's data set; called only where thresholds have to be fitted.
@@ -51,13 +51,17 @@ def classify_files(args: argparse.Namespace, saved: dict[str, Any], open_data: C
     points = operating_points.stored(folder, saved, args.save_suffix, temperatures=model.temperatures, **reading)
     point = operating_points.choose(points, macs, budget)
     if point:
-        thresholds, budget = point["thresholds"], point["budget"]
+        thresholds = point["thresholds"]
+        origin = f"Stored thresholds for {millions(point['budget'])} x 10^6 MACs on average"
+        if budget and millions(point["budget"]) != millions(budget):
+            origin += f", the largest stored budget not above {millions(budget)}"
     else:
         data, budget = open_data(), budget or operating_points.between(macs, 0.5)
         operating_points.require_hold_out(data)
         thresholds = operating_points.fit(predict(ready, data.valid(), measure).confidence, macs, budget)
+        origin = f"Thresholds for {millions(budget)} x 10^6 MACs on average"
     results = _run(EarlyExit(ready, thresholds, measure=measure), images, args.batch_size, device)
-    _print(args.images, results, saved.get("class_names"), macs, budget, args.policy)
+    _print(args.images, results, name_outputs(saved.get("class_names"), args.num_classes), macs, origin, args.policy)
 
 
 def read_images(paths: Sequence[str], dataset: str, image_size: int) -> Tensor:
@@ -68,13 +72,10 @@ def read_images(paths: Sequence[str], dataset: str, image_size: int) -> Tensor:
     Raises:
         UserError: for a file that is no image.
     """
-    decoder = PillowDecoder()
-    crops = []
-    for path in paths:
-        try:
-            crops.append(evaluation_crop(decoder, decoder.load(path), image_size))
-        except Exception as error:   # damaged files make Pillow's decoders raise nearly anything
-            raise UserError(f"{path} cannot be read as an image: {error}") from error
+    for path in map(Path, paths):
+        if path.is_dir() or not path.exists():
+            raise UserError(f"{path} is {'a folder' if path.is_dir() else 'no file'}; --images takes image files")
+    crops = [evaluation_crop(PillowDecoder(), decode(path), image_size) for path in paths]
     return Normalise(*statistics_of(dataset, image_size))(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2))
 
 
@@ -83,12 +84,11 @@ def _run(early_exit: EarlyExit, images: Tensor, batch_size: int, device: torch.d
     return Exits(*(torch.cat(column).cpu() for column in zip(*parts)))
 
 
-def _print(paths: Sequence[str], results: Exits, class_names: Sequence[str] | None, macs: Sequence[int], budget: float,
+def _print(paths: Sequence[str], results: Exits, class_names: Sequence[str], macs: Sequence[int], origin: str,
            policy: str) -> None:
     certainty = "confidence %" if policy == "confidence" else f"certainty by {policy} %"
     rows = []
     for path, prediction, confidence, exit_ in zip(paths, *(column.tolist() for column in results)):
-        name = class_names[prediction] if class_names else f"class {prediction}"
-        rows.append([path, name, f"{100 * confidence:.1f}", exit_ + 1, millions(macs[exit_])])
+        rows.append([path, class_names[prediction], f"{100 * confidence:.1f}", exit_ + 1, millions(macs[exit_])])
     print(format_table(["file", "class", certainty, "exit", "10^6 MACs"], rows,
-                       title=f"\nThresholds for {millions(budget)} x 10^6 MACs on average; all exits take {millions(macs[-1])}"))
+                       title=f"\n{origin}; all exits take {millions(macs[-1])}"))

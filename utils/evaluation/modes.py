@@ -20,16 +20,13 @@ from utils.core.files import atomic_write, write_json
 from utils.core.log import say
 from utils.core.tables import format_table, millions
 from utils.evaluation.confidence import POLICIES, read_exits
-from utils.evaluation.operating_points import finite, require_hold_out
+from utils.evaluation.operating_points import finite, require_hold_out, warn_of_missed_budgets
 from utils.evaluation.predict import predict
 from utils.evaluation.published import publish
 from utils.evaluation.realtime import evaluate_realtime
 from utils.runs.checkpoint import hash_weights
 from utils.runs.restore import identify, restore
 from utils.runs.result_files import FAMILIES, describe, stem
-
-# A hold-out mean cost further than this from its budget is pointed out.
-MISSED_BUDGET = 0.005
 
 
 def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torch.device) -> None:
@@ -135,7 +132,7 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
     if distributed.is_main():
         _report_budgeted(result, folder, suffix)
         if not released:
-            _warn_of_missed_budgets(fitted, valid.n_samples)
+            warn_of_missed_budgets(fitted, valid.n_samples)
     return result
 
 
@@ -176,14 +173,6 @@ def _report_budgeted(result: dict[str, Any], folder: Path, suffix: str) -> None:
                      title=f"\nBudgeted batch, {family.title}{', flat curve' if result['flat'] else ''}: {_describe(result)}\n"
                            f"{fitted}{result['n_valid']} held-out images{augmented}, {result['n_test']} test images, "
                            "10^6 MACs per image"))
-
-
-def _warn_of_missed_budgets(points: Sequence[dict[str, Any]], n_valid: int) -> None:
-    # Of the points as they were fitted: a flat curve spends less than its budget on purpose.
-    misses = {point["budget"]: point["valid_mean_macs"] / point["budget"] - 1 for point in points}
-    missed = [f"{millions(budget)} ({100 * miss:+.1f} %)" for budget, miss in misses.items() if abs(miss) > MISSED_BUDGET]
-    if missed:
-        say(f"warning: thresholds from {n_valid} held-out images do not meet these budgets more closely: {', '.join(missed)}")
 
 
 def _describe(about: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Exit thresholds of a trained network: fitted for a budget on its hold-out, or as an evaluation left them in the run folder."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,23 @@ import numpy as np
 from adaptive_inference import exit_shares, fit_thresholds, solve_exit_rate
 from utils.core.errors import UserError
 from utils.core.files import misfit, read_json
+from utils.core.log import say
+from utils.core.tables import millions
 from utils.runs.checkpoint import hash_weights
 from utils.runs.result_files import stem
+
+logger = logging.getLogger("boostnet")
 
 # Budgets where none are asked for, as shares of the way from the cost of the first exit to that of the last.
 DEFAULT_BUDGETS = (0.1, 0.275, 0.45, 0.625, 0.8)
 # What is read of a stored point.
 POINT = {"budget": float, "test_top1": float, "thresholds": [float]}
+
+# A hold-out mean cost further than this from its budget is pointed out.
+MISSED_BUDGET = 0.005
+
+# Published arrays name the type of their confidences; older ones, in half precision, do not.
+CONFIDENCE_TYPE = "float32"
 
 
 def require_hold_out(data) -> None:
@@ -46,9 +57,24 @@ def finite(thresholds: Sequence[float]) -> list[float]:
     return [float(min(max(t, -1.0), 2.0)) for t in thresholds]
 
 
+def warn_of_missed_budgets(points: Sequence[dict[str, Any]], n_valid: int) -> None:
+    """Print which budgets the thresholds do not meet on the hold-out that they were fitted on.
+
+    Args:
+        points: of `budget_curve` as they were fitted: a flat curve spends less than its budget on purpose.
+        n_valid: number of images held out.
+    """
+    misses = {point["budget"]: point["valid_mean_macs"] / point["budget"] - 1 for point in points}
+    missed = [f"{millions(budget)} ({100 * miss:+.1f} %)" for budget, miss in misses.items() if abs(miss) > MISSED_BUDGET]
+    if missed:
+        say(f"warning: thresholds from {n_valid} held-out images do not meet these budgets more closely: {', '.join(missed)}")
+
+
 def stored(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperatures: Sequence[float] | None = None,
            ensemble: str | None = None, policy: str = "confidence") -> list[dict[str, Any]]:
     """Points that `--evalmode dynamic` wrote for this very checkpoint; [] where there are none.
+
+    Thresholds that were fitted where half precision had made confidences equal are not taken, and the log says so.
 
     Args:
         folder: of the evaluation's results.
@@ -77,11 +103,24 @@ def stored(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperature
         problem = "a point has not one threshold for each exit"
     if problem:
         raise UserError(f"{path} is damaged ({problem}); evaluate with --evalmode dynamic again")
+    if is_of_half_precision(curve) and any(1.0 in point["thresholds"] for point in curve["points"]):
+        logger.warning("%s is not used: its thresholds were fitted on confidences in half precision, where all above 1 - 2^-12 "
+                       "are equal; publish the checkpoint again", path)
+        return []
     return curve["points"]
 
 
+def is_of_half_precision(about: dict[str, Any]) -> bool:
+    """Whether published arrays, or a curve drawn from them, have confidences that were rounded to half precision."""
+    return about.get("precision") == "half" and about.get("confidence_type") != CONFIDENCE_TYPE
+
+
 def choose(points: Sequence[dict[str, Any]], costs: Sequence[float], budget: float | None) -> dict[str, Any] | None:
-    """The point of a budget; without a budget, the one nearest to half of what the exits span. None where it is missing."""
+    """The point of the largest budget not above `budget`; without one, the point nearest to half of what the exits span.
+
+    None where there is no such point.
+    """
     if budget is None:
         return min(points, key=lambda point: abs(point["budget"] - between(costs, 0.5)), default=None)
-    return next((point for point in points if abs(point["budget"] / budget - 1) < 1e-9), None)
+    within = [point for point in points if point["budget"] <= budget * (1 + 1e-9)]   # a budget is typed in decimals
+    return max(within, key=lambda point: point["budget"], default=None)

@@ -5,7 +5,10 @@
     python -m utils.publish published/boost       # writes the curves anew: neither data, network nor weights are needed
 
 The first command writes model_anytime.pth, arrays_anytime.npz and anytime.json, the second model_dynamic.pth,
-arrays_dynamic.npz, dynamic.json and dynamic_released.json. All figures are those of the half-precision file and of the arrays.
+arrays_dynamic.npz, dynamic.json and dynamic_released.json. All figures are those of the half-precision weights.
+
+Confidences are stored as the float32 numbers that they are, so that thresholds fitted on them hold for the network itself.
+Half precision, which older files have, makes those above 1 - 2^-12 equal: they leave together and miss the budget.
 """
 from __future__ import annotations
 
@@ -21,10 +24,16 @@ from adaptive_inference import budget_curve, released_curve
 from models import BoostedNet
 from utils.core import distributed, lock
 from utils.core.errors import UserError
-from utils.core.files import atomic_write, misfit, read_json, write_json
+from utils.core.files import TEMPORARY, atomic_write, misfit, read_json, write_json
 from utils.core.log import say
 from utils.core.tables import format_table
-from utils.evaluation.operating_points import finite, require_hold_out
+from utils.evaluation.operating_points import (
+    CONFIDENCE_TYPE,
+    finite,
+    is_of_half_precision,
+    require_hold_out,
+    warn_of_missed_budgets,
+)
 from utils.evaluation.predict import Predictions, predict
 from utils.options.parser import rising
 from utils.runs import checkpoint
@@ -33,6 +42,8 @@ from utils.runs.result_files import RESULTS
 
 KINDS = ("anytime", "dynamic")
 CURVES = ("anytime", "dynamic", "dynamic_released")   # files that are drawn from the arrays
+FILES = {RESULTS, *(f"{name}.json" for name in CURVES),
+         *(name.format(kind) for name, kind in product(("model_{}.pth", "arrays_{}.npz"), KINDS))}
 # Flags that say where things lie on the machine of the run.
 PATHS = ("result_dir", "tensorboard_dir", "data_root", "checkpoint", "teacher")
 
@@ -41,7 +52,7 @@ class Arrays(NamedTuple):
     """What a network said about one set of images.
 
     Attributes:
-        confidence: (n_exits, N) float32, rounded to the half precision that the file has.
+        confidence: (n_exits, N) float32.
         correct: (n_exits, N) bool.
     """
 
@@ -50,7 +61,7 @@ class Arrays(NamedTuple):
 
     @classmethod
     def of(cls, found: Predictions) -> Arrays:
-        return cls(found.confidence.half().float().numpy(), found.correct.numpy())
+        return cls(found.confidence.numpy(), found.correct.numpy())
 
     @property
     def top1(self) -> list[float]:
@@ -81,9 +92,12 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
         raise UserError("--publish is for checkpoints of training runs here; this one says nothing about its network")
     results = _read_results(source)
     _require_own_folder(folder, about, results)
+    kind = "dynamic" if dynamic else "anytime"
     if dynamic:
         require_hold_out(data)
-    full = predict(model, data.test())
+    # A checkpoint that was published before no longer knows its float32 weights; the arrays beside it know their figures.
+    full = None if _is_half(saved["state_dict"]) else predict(model, data.test())
+    top1_float32 = full.top1 if full else _figures_of_float32(saved, source, kind)
     content = {name: value for name, value in saved.items() if name != "training"}
     content["state_dict"] = half(model.backbone.state_dict())
     model.backbone.load_state_dict(content["state_dict"])
@@ -91,8 +105,8 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
     parts = {"test": Arrays.of(rounded)} | ({"valid": Arrays.of(predict(model, data.valid()))} if dynamic else {})
     about = {**about, **{f"n_{name}": part.correct.shape[1] for name, part in parts.items()},
              "weights_hash": checkpoint.hash_weights(content["state_dict"]),   # of those that are published
-             "precision": "half", "top1_float32": full.top1, "top5": rounded.top5.tolist()}
-    kind = "dynamic" if dynamic else "anytime"
+             "precision": "half", "confidence_type": CONFIDENCE_TYPE, "top5": rounded.top5.tolist(),
+             **({"top1_float32": top1_float32} if top1_float32 else {})}
     if not distributed.is_main():
         return
     checkpoint.save(folder / f"model_{kind}.pth", content)
@@ -100,10 +114,28 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
     if results:
         write_json(folder / RESULTS, results)
     redraw(folder, kind)
-    changed = (full.correct != rounded.correct).sum(dim=1).tolist()
+    unknown = ["-"] * model.n_exits
+    before = [f"{top1:.2f}" for top1 in top1_float32] if top1_float32 else unknown
+    changed = (full.correct != rounded.correct).sum(dim=1).tolist() if full else unknown
     say(format_table(["exit", "float32 top-1 %", "half top-1 %", "answers changed"],
-                     [[n + 1, f"{a:.2f}", f"{b:.2f}", c] for n, (a, b, c) in enumerate(zip(full.top1, rounded.top1, changed))],
+                     [[n + 1, a, f"{b:.2f}", c] for n, (a, b, c) in enumerate(zip(before, rounded.top1, changed))],
                      title=f"\n{folder}: {rounded.n_samples} test images; an answer changed where it became right or wrong"))
+
+
+def _is_half(weights: dict[str, Tensor]) -> bool:
+    """Whether `half` changes nothing."""
+    return all(tensor.dtype == half({name: tensor})[name].dtype for name, tensor in weights.items())
+
+
+def _figures_of_float32(saved: dict[str, Any], source: Path, kind: str) -> list[float] | None:
+    """top1_float32 of a published checkpoint, from the arrays beside it; None where these are not of it."""
+    path = source / f"arrays_{kind}.npz"
+    if not path.is_file():
+        return None
+    before = load_arrays(path)[0]
+    is_of_it = (before.get("epoch") == saved.get("epoch") and before.get("config") == saved["architecture"]
+                and before.get("weights_hash") in (None, checkpoint.hash_weights(saved["state_dict"])))
+    return before.get("top1_float32") if is_of_it else None
 
 
 def _read_results(run: Path) -> dict[str, Any] | None:
@@ -120,12 +152,11 @@ def _require_own_folder(folder: Path, about: dict[str, Any], results: dict[str, 
     """Refuse a folder where files of a run, or of anything else, would be overwritten or mixed up with what is published."""
     if any((folder / name).exists() for name in (*checkpoint.NAMES, SPLIT, lock.NAME)):
         raise UserError(f"{folder} holds a run, whose evaluation files would be overwritten; name another folder for --publish")
-    ours = [*(f"{part}_{kind}" for part, kind in product(("model", "arrays"), KINDS)), *CURVES]
-    there = [path for path in folder.glob("*")
-             if path.stem in (*ours, Path(RESULTS).stem) and path.suffix in (".json", ".pth", ".npz")]
+    there = sorted(path for path in folder.glob("*") if not path.name.startswith(".") and TEMPORARY not in path.name)
     arrays = [path for path in there if path.name.startswith("arrays_")]
-    if there and not arrays:
-        raise UserError(f"{there[0]} is of something else and would be overwritten; name a new folder for --publish")
+    strange = [path for path in there if path.name not in FILES or not arrays]
+    if strange:
+        raise UserError(f"{strange[0]} is of something else; name a new folder for --publish")
     for path in arrays:
         before = load_arrays(path)[0]
         named = ("dataset", "method", "config", "temperatures", "split_hash")
@@ -137,10 +168,10 @@ def _require_own_folder(folder: Path, about: dict[str, Any], results: dict[str, 
 
 
 def save_arrays(path: Path, about: dict[str, Any], parts: dict[str, Arrays]) -> None:
-    """Write confidences in half precision and one bit for each answer."""
+    """Write confidences in float32 and one bit for each answer."""
     arrays = {"about": np.array(json.dumps(about))}
     for name, part in parts.items():
-        arrays |= {f"{name}_confidence": part.confidence.astype(np.float16), f"{name}_correct": np.packbits(part.correct, axis=1)}
+        arrays |= {f"{name}_confidence": part.confidence, f"{name}_correct": np.packbits(part.correct, axis=1)}
     with atomic_write(path) as file:
         np.savez_compressed(file, **arrays)
 
@@ -156,7 +187,7 @@ def load_arrays(path: Path) -> tuple[dict[str, Any], dict[str, Arrays]]:
             about, parts = dict(json.loads(str(file["about"]))), {}
             for name in ("test", "valid"):
                 if f"{name}_confidence" in file:
-                    confidence = file[f"{name}_confidence"].astype(np.float32)
+                    confidence = file[f"{name}_confidence"].astype(np.float32)   # older files have float16
                     correct = np.unpackbits(file[f"{name}_correct"], axis=1, count=confidence.shape[1]).astype(bool)
                     parts[name] = Arrays(confidence, correct)
         return about, parts
@@ -180,10 +211,16 @@ def redraw(folder: Path, kind: str) -> list[Path]:
         curves = {"anytime": {**about, "top1": test.top1, "top5": top5}}
     else:
         both = (*parts["valid"], *test, about["macs"])
+        fitted = budget_curve(*both)
         curves = {name: {**about, "family": family, "flat": False, "augmented_hold_out": False,
                          "points": [{**point, "thresholds": finite(point["thresholds"])} for point in points]}
-                  for name, family, points in (("dynamic", "eq9", budget_curve(*both)),
+                  for name, family, points in (("dynamic", "eq9", fitted),
                                                ("dynamic_released", "released", released_curve(*both)))}
     for name, curve in curves.items():
         write_json(folder / f"{name}.json", curve)
+    if kind == "dynamic":
+        if is_of_half_precision(about):
+            say(f"note: {path} has confidences in half precision, where all above 1 - 2^-12 are equal "
+                f"({100 * (test.confidence == 1).mean():.1f} % of the test set's)")
+        warn_of_missed_budgets(fitted, len(parts["valid"].correct[0]))
     return [folder / f"{name}.json" for name in curves]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from models import BoostedNet, expand_temperatures
@@ -27,6 +28,12 @@ def describe(args: argparse.Namespace, model: BoostedNet, data) -> dict[str, Any
     return {**identify(args), "class_names": list(data.class_names), "temperatures": list(model.temperatures),
             "trainable_ensemble": args.trainable_ensemble, "split": data.split.to_dict() if data.split else None,
             "labels_hash": data.labels_hash, "seed": args.seed}
+
+
+def name_outputs(class_names: Sequence[str] | None, n_outputs: int) -> list[str]:
+    """A name for every output of a classifier: those beyond the class folders that it was trained on are numbered."""
+    named = list(class_names or [])
+    return [*named, *(f"class {n}" for n in range(len(named), n_outputs))]
 
 
 def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
