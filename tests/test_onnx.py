@@ -1,0 +1,151 @@
+"""ONNX programs: equal to PyTorch when they are written, and early exit on them to the simulation of the same programs."""
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import eval_cifar100
+import train_cifar100
+from adaptive_inference import EarlyExit, exit_index
+from models import BoostedNet, MSDNet
+from utils import export
+from utils.core.errors import UserError
+from utils.evaluation import confidence as policies
+from utils.evaluation import onnx_exit, programs
+from utils.evaluation.fast_form import load_model
+from utils.evaluation.onnx_exit import OnnxEarlyExit, OnnxPrograms
+
+RANET = "--arch ranet_ge --nBlocks 1 --block-step 1 --step 1 --scale-list 1-2-3 --grFactor 4-2-1 --bnFactor 4-2-1".split()
+
+
+@pytest.fixture(scope="module", params=["msdnet_ge", "ranet_ge", "imta"])
+def run(request, tmp_path_factory):
+    """A trained run with thresholds, and its ONNX programs in `programs`."""
+    folder = tmp_path_factory.mktemp(request.param)
+    images = tiny.make_images(folder / "images")
+    flags = {"ranet_ge": RANET, "imta": ["--method", "joint"], "msdnet_ge": []}[request.param]
+    assert train_cifar100.main([*tiny.command(images, folder / "run", "--epochs", "1"), *flags]) == 0
+    if request.param == "imta":
+        first = folder / "run" / "model_latest.pth"
+        assert train_cifar100.main([*tiny.command(images, folder / "second", "--epochs", "1"), "--method", "imta",
+                                    "--checkpoint", str(first)]) == 0
+        (folder / "run").rename(folder / "first")
+        (folder / "second").rename(folder / "run")
+    assert eval_cifar100.main(["--data-root", str(images), "--evaluate-from", str(folder / "run" / "model_best.pth"), "--device",
+                               "cpu", "--evalmode", "dynamic"]) == 0
+    assert export.main([str(folder / "run"), str(folder / "programs"), "--format", "onnx"]) == 0
+    return folder
+
+
+def random_images(n):
+    return np.random.default_rng(0).normal(size=(n, 3, 32, 32)).astype(np.float32)
+
+
+def scores(loaded, images):
+    return np.stack(list(loaded.scores(images)))
+
+
+def test_programs_give_what_the_network_gives(run):
+    model, _ = load_model(run / "run" / "model_best.pth")
+    loaded = OnnxPrograms(run / "programs")
+    for n in (1, 5):
+        images = random_images(n)
+        with torch.inference_mode():
+            expected = torch.stack(model(torch.from_numpy(images))).numpy()
+        assert np.abs(scores(loaded, images) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("measure", list(onnx_exit.MEASURES))
+def test_early_exit_leaves_where_the_simulation_of_the_same_programs_says(run, measure):
+    loaded = OnnxPrograms(run / "programs", threads=2)
+    images = random_images(50)
+    all_scores = scores(loaded, images)
+    certainty = np.stack([onnx_exit.MEASURES[measure](onnx_exit.softmax(f)) for f in all_scores])
+    thresholds = [*np.quantile(certainty, 0.5, axis=1)[:-1], -1.0]
+    expected = exit_index(certainty, np.asarray(thresholds))
+    early = OnnxEarlyExit(loaded, thresholds, measure=measure)
+    for n in (0, 1, 7, 50):   # 50 rows go in slices
+        found = early(images[:n])
+        near = np.abs(certainty[found.exit, np.arange(n)] - np.asarray(thresholds)[found.exit]) <= 1e-6
+        assert ((found.exit == expected[:n]) | near).all()
+        assert (found.prediction == all_scores[found.exit, np.arange(n)].argmax(axis=1)).all()
+        np.testing.assert_allclose(found.confidence, certainty[found.exit, np.arange(n)], atol=1e-5)
+    assert len(set(found.exit.tolist())) > 1
+    of_torch = policies.POLICIES[measure](torch.from_numpy(all_scores)).numpy()
+    np.testing.assert_allclose(certainty, of_torch, atol=2e-6)
+
+
+def test_limits_as_in_pytorch(run):
+    loaded, images = OnnxPrograms(run / "programs"), random_images(4)
+    model, _ = load_model(run / "run" / "model_best.pth")
+    costs, nobody = loaded.about["macs"], [2.0] * loaded.n_exits
+    early, reference = OnnxEarlyExit(loaded, nobody), EarlyExit(model, nobody, costs=costs)
+    for limit in (0, costs[0], costs[1] - 1, costs[1], costs[-1]):
+        expected = reference(torch.from_numpy(images), max_cost=limit)
+        assert early(images, max_cost=limit).exit.tolist() == expected.exit.tolist()
+    assert early(images, deadline_ms=0).exit.tolist() == [0] * 4
+    assert early(images, deadline_ms=1e6).exit.tolist() == [loaded.n_exits - 1] * 4
+    for limits in ({"max_cost": float("nan")}, {"deadline_ms": -1}):
+        with pytest.raises(UserError, match="from 0 on"):
+            early(images, **limits)
+    with pytest.raises(UserError, match="3, 32, 32"):
+        early(images[:, :, :16])
+
+
+def test_a_confidence_equal_to_the_threshold_leaves(run):
+    loaded, images = OnnxPrograms(run / "programs"), random_images(6)
+    first = onnx_exit.confidence(onnx_exit.softmax(next(loaded.scores(images))))
+    exits = OnnxEarlyExit(loaded, [first[2], *[2.0] * (loaded.n_exits - 1)])(images).exit
+    assert (exits == 0).tolist() == (first >= first[2]).tolist()
+    above = np.nextafter(np.float64(first[2]), 1)
+    assert OnnxEarlyExit(loaded, [above, *[2.0] * (loaded.n_exits - 1)])(images[2:3]).exit[0] > 0
+
+
+def test_model_json_says_what_wrote_it(run):
+    about = json.loads((run / "programs" / "model.json").read_text())
+    assert about["format"] == 2 and about["runtime"] == "onnx" and about["opset"] == programs.OPSET
+    assert set(about["versions"]) == {"torch", "onnx", "onnxscript", "onnxruntime"}
+    assert about["steps"] == [f"step{n}.onnx" for n in range(len(about["macs"]))]
+
+
+def test_an_onnx_program_unlike_the_network_is_refused(tmp_path, monkeypatch):
+    model = BoostedNet(MSDNet(n_blocks=2, base=1, n_channels=4, growth_rate=2), [0.5] * 2)
+    monkeypatch.setattr(programs, "TOLERANCE", -1.0)
+    with pytest.raises(UserError, match="differs from PyTorch"):
+        list(programs.write_programs(model, 32, tmp_path, "onnx"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_are_no_onnx_programs(run, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no model.json"):
+        OnnxPrograms(tmp_path)
+    about = json.loads((run / "programs" / "model.json").read_text())
+    for change, message in (({"format": 3}, "format 3"), ({"runtime": "torch"}, "--format onnx")):
+        (tmp_path / "model.json").write_text(json.dumps(about | change))
+        with pytest.raises(UserError, match=message):
+            OnnxPrograms(tmp_path)
+    (tmp_path / "model.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="no such file"):
+        OnnxPrograms(tmp_path)
+    (tmp_path / "model.json").write_text("[")
+    with pytest.raises(UserError, match="cannot be read"):
+        OnnxPrograms(tmp_path)
+    import onnxruntime
+    monkeypatch.setattr(onnxruntime, "__version__", "1.9.0")
+    with pytest.raises(UserError, match="too old"):
+        OnnxPrograms(run / "programs")
+
+
+def test_without_onnx_one_line(run, tmp_path, monkeypatch, capsys):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as stop:
+        export.main([str(run / "run"), str(tmp_path / "out"), "--format", "onnx"])
+    assert stop.value.code == 2
+    assert "pip install -r requirements-onnx.txt" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not list(tmp_path.iterdir())
