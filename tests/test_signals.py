@@ -80,11 +80,12 @@ def test_a_second_interrupt_leaves_at_once_and_saves_nothing(images, tmp_path, m
 
 
 def test_a_signal_during_validation_leaves_the_finished_epoch(images, tmp_path, monkeypatch):
+    from utils.evaluation.predict import predict
     from utils.training import trainer
 
     def predict_and_signal(*arguments):
         os.kill(os.getpid(), signal.SIGUSR1)
-        return engine.predict(*arguments)
+        return predict(*arguments)
 
     monkeypatch.setattr(trainer, "predict", predict_and_signal)
     assert train_cifar100.main(command(images, tmp_path)) == STOPPED
