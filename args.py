@@ -301,6 +301,9 @@ def require_unchanged(args: Namespace, before: dict[str, Any], epochs_begun: int
     parser = build_parser()
     cosine = args.lr_type == "cosine" or "meta_lr" in METHODS[args.method].flags   # which falls to 0 at the last epoch
     free = FREE_ON_RESUME if cosine else FREE_ON_RESUME | {"epochs"}
+    if before.get("on_nan", "stop") != "stop":
+        parser.error(f"--resume: the run in {args.result_dir} leaves bad steps out (--on_nan {before['on_nan']}), which only "
+                     "version 0.1 can do; resume it with that version")
     changed = []
     for name, default in vars(parser.parse_args([])).items():
         now, then = getattr(args, name), before.get(name, default)

@@ -6,32 +6,80 @@
     python train_cifar100.py ... --resume                # the same command: continue runs/boost as if it had never stopped
 """
 import sys
+from argparse import Namespace
+
+import torch
 
 from args import forbid, parse_args, require, require_unchanged
 from dataloader import build_data
+from utils.core.distributed import rank, world_size, wrap
 from utils.core.errors import STOPPED, user_errors
 from utils.core.machine import choose_device
+from utils.core.rng import make_deterministic, seed_all
 from utils.core.signals import StopSignals
-from utils.runs.folder import claim, epochs_begun, find_run, stored_split
-from utils.training.trainer import prepare
+from utils.evaluation.fast_form import load_teacher
+from utils.methods import build_method, build_model, require_one_process
+from utils.runs.checkpoint import hash_weights
+from utils.runs.folder import claim, epochs_begun, find_run, start_run, stored_split
+from utils.runs.restore import describe
+from utils.training.fast_forward import training_forward
+from utils.training.optim import Schedule, build_optimizer
+from utils.training.start import load_start, require_same_flags, require_same_start
+from utils.training.trainer import Trainer
 
 
 @user_errors()
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    device = choose_device(args.device, args.gpu, args.threads)
+    with StopSignals(begun=False) as signals:
+        return train(args, device, signals)
+
+
+def train(args: Namespace, device: torch.device, signals: StopSignals) -> int:
+    """A whole run, or what is left of it, of this process or of all that `process_group` has joined; returns the exit code."""
     require(args, "result_dir")
     forbid(args, "evaluate_from", "evalmode", "ensemble", "policy", "budget", "sweep", "flat_curve", "publish", "images", "cost")
-    device = choose_device(args.device, args.gpu, args.threads)
-    with StopSignals(begun=False) as signals, claim(args.result_dir):
+    require_one_process(args)
+    with claim(args.result_dir):
         saved = find_run(args.result_dir, args.resume)
         if saved:
             require_unchanged(args, saved["training"]["config"], epochs_begun=epochs_begun(saved))
+        require_same_flags(args)
+
         data = build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size,
                           batch_size=args.batch_size, device=device, seed=args.seed, use_valid=args.use_valid,
                           valid_size=args.valid_size, split=stored_split(saved), augment_valid=args.paper_protocol,
                           workers=args.workers, val_workers=args.val_workers, decoder=args.decoder,
-                          skip_unreadable=args.skip_unreadable)
-        trainer = prepare(args, data, device, saved)
+                          skip_unreadable=args.skip_unreadable, rank=rank(), world=world_size())
+        args.num_classes = data.num_classes
+
+        seed_all(args.seed)
+        if args.deterministic:
+            make_deterministic()
+        model = build_model(args).to(device)
+        if not saved:
+            load_start(args, model, data)
+        teacher = load_teacher(args.teacher, data).to(device) if args.teacher else None
+        teacher_hash = hash_weights(teacher.state_dict()) if teacher else None
+        require_same_start(saved, data, model, teacher_hash)
+        # What runs in training has the parameters of `model`, which is evaluated and saved.
+        network = wrap(training_forward(model, batch_size=args.batch_size, amp=args.amp, channels_last=args.channels_last,
+                                        compiled=args.compile, cuda_graphs=args.cuda_graphs), device)
+
+        optimizer = build_optimizer(model.backbone, name=args.optimizer, lr=args.lr_f, momentum=args.momentum,
+                                    weight_decay=args.weight_decay)
+        schedule = Schedule(args.lr_type, args.lr_f, args.epochs, args.lr_milestones, args.decay_rate)
+        method = build_method(args, model, optimizer, network=network, teacher=teacher)
+
+        run = start_run(args, data, device, saved)
+        trainer = Trainer(method, data, run, schedule=schedule, description=describe(args, model, data), epochs=args.epochs,
+                          start_epoch=args.start_epoch, print_freq=args.print_freq, paper_protocol=args.paper_protocol,
+                          teacher_hash=teacher_hash)
+        if saved:
+            trainer.resume(saved)
+        elif args.resume:
+            run.log.info("nothing to resume in %s: starting from the beginning", run.folder)
         if not trainer.fit(signals):
             return STOPPED
         trainer.test()

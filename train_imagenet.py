@@ -5,39 +5,25 @@
         --epochs 90 --lr_milestones 30,60 --gpu 0,1,2,3
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_imagenet.py ...
     python train_imagenet.py ...                         # one process, CPU or GPU
+
+The run itself is that of train_cifar100.py, by several processes where torchrun has started them.
 """
 import sys
 
-from args import forbid, parse_args, require, require_unchanged
-from dataloader import build_data
-from utils.core.distributed import process_group, rank, world_size
-from utils.core.errors import STOPPED, user_errors
+from args import parse_args
+from train_cifar100 import train
+from utils.core.distributed import process_group
+from utils.core.errors import user_errors
 from utils.core.machine import choose_device
 from utils.core.signals import StopSignals
-from utils.runs.folder import claim, epochs_begun, find_run, stored_split
-from utils.training.trainer import prepare
 
 
 @user_errors()
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv, datasets=("imagenet", "folder"))
-    require(args, "result_dir")
-    forbid(args, "evaluate_from", "evalmode", "ensemble", "policy", "budget", "sweep", "flat_curve", "publish", "images", "cost")
     device = choose_device(args.device, args.gpu, args.threads)
-    with StopSignals(begun=False) as signals, process_group(device, args.dist_backend), claim(args.result_dir):
-        saved = find_run(args.result_dir, args.resume)
-        if saved:
-            require_unchanged(args, saved["training"]["config"], epochs_begun=epochs_begun(saved))
-        data = build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size,
-                          batch_size=args.batch_size, device=device, seed=args.seed, use_valid=args.use_valid,
-                          valid_size=args.valid_size, split=stored_split(saved), augment_valid=args.paper_protocol,
-                          workers=args.workers, val_workers=args.val_workers, decoder=args.decoder,
-                          skip_unreadable=args.skip_unreadable, rank=rank(), world=world_size())
-        trainer = prepare(args, data, device, saved)
-        if not trainer.fit(signals):
-            return STOPPED
-        trainer.test()
-    return 0
+    with StopSignals(begun=False) as signals, process_group(device, args.dist_backend):
+        return train(args, device, signals)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def main() -> None:
         figures.samples = 10 * (distributed.rank() + 1)
         restored.load_state_dict(figures.state_dict())
         report = {"changed": list(changed), "validated": validated, "world": distributed.world_size(),
-                  "same": distributed.same_everywhere(1, "a"), "different": distributed.same_everywhere(distributed.rank()),
+                  "differences": distributed.differences({"one": "a", "number": distributed.rank()}),
                   "any": distributed.any_rank(distributed.rank() == 1), "none": distributed.any_rank(False),
                   "own": restored.samples, "train_loss": restored.summary()["train_loss"]}
         (folder / f"report{distributed.rank()}.json").write_text(json.dumps(report))

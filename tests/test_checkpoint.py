@@ -26,7 +26,7 @@ from utils.runs.checkpoint import DAMAGED, LATEST, PREVIOUS
 
 ABOUT = {"architecture": {"arch": "msdnet"}, "dataset": "folder", "class_names": ["a", "b"], "method": "boost",
          "temperatures": [0.5, 0.5], "trainable_ensemble": False, "split": None, "epoch": 3, "epoch_kind": "epoch"}
-TRAINING = {"optimizer": {}, "scheduler": {}, "objective": {}, "figures": {}, "best": {}, "history": [], "rng": {}, "config": {},
+TRAINING = {"optimizer": {}, "objective": {}, "figures": {}, "best": {}, "history": [], "rng": {}, "config": {},
             "n_train": 1, "labels_hash": "", "processes": 1}
 
 
@@ -272,7 +272,7 @@ def test_the_released_forms_come_back_with_plain_names(tmp_path, released):
 def test_a_checkpoint_without_training_state_can_be_evaluated_but_not_resumed(tmp_path):
     checkpoint.save(tmp_path / LATEST, {**content(), "training": {"optimizer": {}}})   # as the first version wrote them
     assert number_of(checkpoint.load(tmp_path / LATEST)) == 0
-    with pytest.raises(UserError, match="cannot be resumed.*'scheduler' is missing"):
+    with pytest.raises(UserError, match="cannot be resumed.*'objective' is missing"):
         checkpoint.load_latest(tmp_path)
 
 
@@ -304,6 +304,59 @@ def test_a_damaged_latest_checkpoint_is_set_aside_for_the_one_before(tmp_path, c
     checkpoint.save_latest(tmp_path, content(3))
     assert number_of(checkpoint.load(tmp_path / PREVIOUS)) == 1
     assert number_of(checkpoint.load_latest(tmp_path)) == 3
+
+
+def test_a_later_start_still_says_that_it_goes_on_from_the_file_before(tmp_path, caplog):
+    """Between the damage and the next save another start must not pass over the lost epoch in silence."""
+    caplog.set_level("INFO")
+    for number in (1, 2):
+        checkpoint.save_latest(tmp_path, content(number))
+    checkpoint.load_latest(tmp_path)
+    assert str(tmp_path / LATEST) in caplog.text
+    damage(tmp_path / LATEST)
+    for _ in range(2):
+        caplog.clear()
+        assert number_of(checkpoint.load_latest(tmp_path)) == 1
+        assert "going on from " + PREVIOUS in caplog.text
+
+
+@pytest.mark.parametrize("trouble", [OSError(errno.ESTALE, "stale"), OSError(errno.EMFILE, "too many open files"),
+                                     PermissionError(errno.EACCES, "denied"), MemoryError()], ids=repr)
+def test_a_file_that_cannot_be_read_ends_the_start_and_is_left_where_it_is(tmp_path, monkeypatch, trouble):
+    """A stale handle of a network file system says nothing about the content: the next start may read it."""
+    for number in (1, 2):
+        checkpoint.save_latest(tmp_path, content(number))
+    read = Path.read_bytes
+
+    def fail(path):
+        if path.name == LATEST:
+            raise trouble
+        return read(path)
+
+    with monkeypatch.context() as patch, pytest.raises(type(trouble)):
+        patch.setattr(Path, "read_bytes", fail)
+        checkpoint.load_latest(tmp_path)
+    assert number_of(checkpoint.load_latest(tmp_path)) == 2 and not (tmp_path / DAMAGED).exists()
+
+
+def test_no_memory_for_the_content_is_no_damage_either(tmp_path, monkeypatch):
+    checkpoint.save_latest(tmp_path, content(1))
+
+    def fail(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="can't allocate"):
+        patch.setattr(torch, "load", fail)
+        checkpoint.load_latest(tmp_path)
+    assert number_of(checkpoint.load_latest(tmp_path)) == 1
+
+
+def test_only_the_first_process_moves_a_damaged_checkpoint(tmp_path, monkeypatch):
+    for number in (1, 2):
+        checkpoint.save_latest(tmp_path, content(number))
+    damage(tmp_path / LATEST)
+    monkeypatch.setattr(checkpoint.distributed, "is_main", lambda: False)
+    assert number_of(checkpoint.load_latest(tmp_path)) == 1 and (tmp_path / LATEST).exists()
 
 
 def test_two_damaged_checkpoints_are_both_reported_and_kept(tmp_path):

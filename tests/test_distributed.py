@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from tiny import differences, make_images, outcome
+from tiny import differences, make_images, one_line_error, outcome
 from torch import nn
 
+import train_imagenet
 from args import parse_args
+from dataloader import build_data
 from models import BoostedNet, MSDNet, msdnet, ranet
 from utils.core import distributed, errors
 from utils.core.errors import UserError
@@ -25,6 +27,7 @@ from utils.core.machine import choose_device
 from utils.evaluation import modes as evaluation
 from utils.methods import build_model
 from utils.runs import checkpoint
+from utils.training import start as beginning
 from utils.training import trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +40,7 @@ NETWORKS = {
 RUNS = {"msdnet": "msdnet", "ranet": "ranet", "equalised": "unread --loss_equal", "equalised_ranet": "ranet --loss_equal",
         "distilled": "msdnet --method boost_distill"}
 MINUTE = 60
+ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}   # torchrun's
 
 
 def launch(world: int, *arguments: object, options: str = "", output: Path) -> subprocess.Popen:
@@ -170,8 +174,8 @@ def test_only_the_first_process_writes(together):
 def test_all_processes_get_the_same_answers(together):
     for rank in (0, 1):
         report = json.loads((together / f"report{rank}.json").read_text())
-        assert (report["world"], report["same"], report["different"], report["any"], report["none"]) == (2, True, False, True,
-                                                                                                      False)
+        assert (report["world"], report["any"], report["none"]) == (2, True, False)
+        assert report["differences"] == {"number": [0, 1]}
 
 
 def test_the_sums_of_an_epoch_are_saved_and_restored_for_each_process(together):
@@ -217,12 +221,16 @@ def test_on_gpus_normalisation_is_synchronised_and_keeps_names_and_parameters(mo
 
 
 def test_every_process_gets_a_gpu_of_its_own(monkeypatch):
+    current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert choose_device("auto", "2") == torch.device("cuda", 2)   # no torchrun
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert choose_device("auto", "3,1,0") == torch.device("cuda", 1)
+    assert current == [torch.device("cuda", 2), torch.device("cuda", 1)]
+    assert choose_device("cpu", "0,1") == torch.device("cpu") and len(current) == 2
     with pytest.raises(UserError, match="--gpu 0,1"):
         choose_device("auto", "0")
     with pytest.raises(UserError, match="no device 7"):
@@ -236,7 +244,7 @@ def test_restarted_processes_on_one_machine_find_no_addresses_of_dead_ones(monke
     monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(kept, 0, world)]))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, store, **__: stores.append(store))
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
-    for name, value in (("RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
+    for name, value in {**ENVIRONMENT, "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     for start in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", start)
@@ -247,9 +255,65 @@ def test_restarted_processes_on_one_machine_find_no_addresses_of_dead_ones(monke
 
 
 def test_a_backend_that_the_device_cannot_use_is_refused(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="needs GPUs"), distributed.process_group(torch.device("cpu"), "nccl"):
         pass
+
+
+@pytest.mark.parametrize(("variables", "message"), [
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK and WORLD_SIZE in the environment, but not MASTER_ADDR and MASTER_PORT"),
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE in the environment, but not RANK and"),
+    ({**ENVIRONMENT, "RANK": "first"}, "cannot find each other with RANK=first, WORLD_SIZE=2"),
+])
+def test_an_environment_that_is_not_torchruns_is_refused_with_one_line(images, tmp_path, monkeypatch, capsys, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(errors.time, "sleep", lambda _: None)
+    line = train_flags(images, tmp_path, "msdnet", 6)
+    assert message in one_line_error(capsys, lambda: train_imagenet.main(line))
+
+
+def test_copies_that_a_scheduler_starts_are_told_about_torchrun(monkeypatch, caplog):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for tasks, warned in (("1", False), ("4", True)):
+        monkeypatch.setenv("SLURM_NTASKS", tasks)
+        with distributed.process_group(torch.device("cpu")):
+            assert ("torchrun" in caplog.text) == warned
+
+
+def test_processes_started_by_different_commands_are_refused(monkeypatch):
+    """Everything but paths and loaders counts: another rate, seed or print frequency would pass silently or hang."""
+    compared = []
+    monkeypatch.setattr(distributed, "differences", lambda values: compared.append(values) or {"lr_f": [0.1, 0.2]})
+    args = parse_args(["--result_dir", "r", "--teacher", "t.pth", "--method", "boost_distill"])
+    with pytest.raises(UserError, match="different commands: lr_f is 0.1 and 0.2"):
+        beginning.require_same_flags(args)
+    free = {"result_dir", "tensorboard_dir", "data_root", "checkpoint", "teacher", "workers", "val_workers", "gpu", "threads",
+            "distributed", "local_rank", "bnAfter"}
+    assert set(vars(args)) - set(compared[0]) == free | {"explicit"} and compared[0]["print_freq"] == 10
+
+
+def test_processes_that_would_train_something_else_are_refused(images, monkeypatch):
+    """One hold-out per machine, or another teacher under the same path."""
+    data, redrawn = (build_data(dataset="folder", data_root=images, use_valid=True, valid_size=7, seed=n) for n in (1, 2))
+    model = BoostedNet(MSDNet(n_blocks=2, n_channels=4, base=1), [0.5, 0.5])
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    seen = []
+    monkeypatch.setattr(distributed, "differences", lambda values: seen.append(values) or {})
+    same = {"saved": None, "data": data, "model": model, "teacher_hash": "a"}
+    others = {"the checkpoint to go on from": {"saved": {"epoch": 1, "training": {"figures": {"steps": 2}}}},
+              "the hold-out split": {"data": redrawn},
+              "the weights to begin with": {"model": BoostedNet(MSDNet(n_blocks=2, n_channels=4, base=1), [0.5, 0.5])},
+              "the teacher": {"teacher_hash": "b"}}
+    for name, other in others.items():
+        seen.clear()
+        beginning.require_same_start(**same)
+        beginning.require_same_start(**same | other)
+        assert [key for key in seen[0] if seen[0][key] != seen[1][key]] == [name]
+    monkeypatch.setattr(distributed, "differences", lambda values: {"the teacher": ["a", "b"]})
+    with pytest.raises(UserError, match="differ in the teacher"):
+        beginning.require_same_start(None, data, model, "a")
 
 
 def test_all_processes_but_the_first_wait_before_they_report_a_mistake(monkeypatch, capsys):

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import pickle
 import shutil
@@ -16,13 +15,12 @@ from tiny import command, differences, files_no_larger_than, make_images, one_li
 
 import eval_cifar100
 import train_cifar100
-from models import BoostedNet, MSDNet
+from models import BoostedNet
 from utils.core import lock
-from utils.core.errors import FAILURE, STOPPED
-from utils.methods import Method, bad_steps
+from utils.core.errors import FAILURE
 from utils.runs import checkpoint
 from utils.runs.result_files import RESULTS
-from utils.training.engine import EpochFigures, TrainingDiverged, train_epoch
+from utils.training.engine import EpochFigures, TrainingDiverged
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +89,7 @@ def test_weights_spoilt_by_the_last_step_of_an_epoch_are_not_saved_though_no_los
 
     def spoiling_step(self, *arguments):
         step(self, *arguments)
-        if next(steps) == 5:   # 0 is the one that the schedule asks for
+        if next(steps) == 4:
             self.param_groups[0]["params"][0].data[0] = float("inf")
 
     monkeypatch.setattr(torch.optim.SGD, "step", spoiling_step)
@@ -105,67 +103,6 @@ def test_the_loss_is_looked_at_once_per_log_interval_and_at_the_end(images, tmp_
     monkeypatch.setattr(EpochFigures, "check", lambda self, *arguments: (looks.append(self.steps), check(self, *arguments)))
     assert train_cifar100.main(command(images, tmp_path, "--epochs", "1", "--print-freq", "2")) == 0
     assert looks == [2, 4, 5]
-
-
-def network(seed: int = 0) -> BoostedNet:
-    torch.manual_seed(seed)
-    return BoostedNet(MSDNet(n_blocks=2, n_channels=4, base=1, step=1, num_classes=3), [0.5, 0.5])
-
-
-def batches(n: int) -> list[tuple]:
-    draw = torch.Generator().manual_seed(0)
-    return [(torch.randn(6, 3, 32, 32, generator=draw), torch.arange(6) % 3, 1.0) for _ in range(n)]
-
-
-@pytest.mark.parametrize("equalise", [False, True])
-@pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_a_skipped_step_leaves_no_trace_but_its_count(equalise, bad):
-    """Training with a bad batch in the middle equals training without it: weights, buffers, momentum, loss averages."""
-    def train(data, spoil_gradient_of=None):
-        model, figures = network(), EpochFigures(2, torch.device("cpu"))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        method = Method(model, optimizer, skip_bad=True, equalise=equalise)
-        first = next(model.parameters())
-        first.register_hook(lambda grad: grad * float("inf") if figures.steps == spoil_gradient_of else grad)
-        assert train_epoch(method, data, figures, after_step=lambda step: False)
-        figures.seconds = 0.0
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "method": method.state_dict(),
-                "figures": figures.state_dict()}
-
-    good = batches(4)
-    spoilt = good[1] if bad == "gradient" else (torch.full((6, 3, 32, 32), float("nan")), good[0][1], 1.0)
-    with_bad = train([*good[:2], spoilt, *good[2:]], spoil_gradient_of=2 if bad == "gradient" else None)
-    without = train(good)
-    assert (with_bad["figures"].pop("skipped"), with_bad["figures"].pop("steps")) == (1, 5)
-    assert (without["figures"].pop("skipped"), without["figures"].pop("steps")) == (0, 4)
-    assert not list(differences(with_bad, without))
-
-
-def test_skipped_steps_are_counted_in_the_results_and_training_goes_on(images, tmp_path, monkeypatch):
-    spoil_step(monkeypatch, step=2)
-    assert train_cifar100.main(command(images, tmp_path, "--on_nan", "skip")) == 0
-    epochs = json.loads((tmp_path / RESULTS).read_text())["epochs"]
-    assert [entry["skipped_steps"] for entry in epochs] == [1, 0]
-
-
-def test_a_run_with_a_skipped_step_resumes_to_the_same_bits(images, tmp_path, monkeypatch):
-    for folder, stops in ((tmp_path / "whole", False), (tmp_path / "cut", True)):
-        with monkeypatch.context() as patch:
-            spoil_step(patch, step=2)
-            if stops:
-                signal_at_step(patch, 3)
-            line = command(images, folder, "--on_nan", "skip")
-            assert train_cifar100.main(line) == (STOPPED if stops else 0)
-    assert train_cifar100.main([*command(images, tmp_path / "cut", "--on_nan", "skip"), "--resume"]) == 0
-    assert not list(differences(outcome(tmp_path / "cut"), outcome(tmp_path / "whole")))
-
-
-def test_an_epoch_without_one_good_step_ends_training(images, run, monkeypatch, capsys):
-    before = saved_files(run)
-    monkeypatch.setattr(bad_steps.BadSteps, "found", lambda *_: True)
-    message = one_line_error(capsys, lambda: train_cifar100.main(command(images, run, "--resume", "--on_nan", "skip")), FAILURE)
-    assert "every loss was NaN or infinite by step 5 of epoch 2" in message
-    assert saved_files(run) == before
 
 
 def test_figures_remember_the_first_bad_step_of_each_exit():

@@ -21,7 +21,7 @@ ALLOWED = {
     "methods": RUNS | PURE | {"models", "methods"}, "evaluation": EVALUATION, "reports": RUNS | PURE | {"reports"},
     "training": TRAINING, "benchmarks": PROGRAMS | {"args", "dataloader"}, "programs": PROGRAMS | {"args", "dataloader"},
     "models": {"models"}, "op_counter": set(), "adaptive_inference": EVALUATION, "args": OPTIONS, "dataloader": DATA,
-    "scripts": PROGRAMS | {"args", "dataloader"},
+    "scripts": PROGRAMS | {"args", "dataloader", "scripts"},
 }
 SCRIPTS = {"train_cifar100", "train_imagenet", "eval_cifar100", "eval_imagenet"}
 
@@ -31,7 +31,9 @@ PENDING = {("utils/runs/restore.py", "utils.methods")}
 
 
 def _place(parts):
-    """Place of a module in ALLOWED, from the parts of its dotted name."""
+    """Place of a module in ALLOWED, from the parts of its dotted name; `utils` itself, with the version, is none."""
+    if parts[-1] == "__version__":
+        parts = parts[:-1]
     if parts[0] == "utils" and len(parts) > 1:
         return parts[1] if (ROOT / "utils" / parts[1]).is_dir() else "programs"
     return "scripts" if parts[0] in SCRIPTS else parts[0]

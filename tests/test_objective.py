@@ -2,11 +2,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 from models import MSDNet, RANet
 from utils.methods.losses import ExitLosses, cross_entropies
 from utils.training.engine import valid_share
-from utils.training.optim import build_optimizer, build_scheduler
+from utils.training.optim import Schedule, build_optimizer
 
 
 def _predictions(*exits):
@@ -75,11 +76,19 @@ def test_two_weight_decays_are_interpolated_over_blocks_with_their_classifiers()
 @pytest.mark.parametrize("kind, want", [("multistep", [1.0, 1.0, 0.1, 0.1, 0.01]),
                                         ("cosine", [1.0, 0.9045, 0.6545, 0.3455, 0.0955])])
 def test_schedules(kind, want):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = build_scheduler(optimizer, kind=kind, milestones=[2, 4], decay_rate=0.1, epochs=5)
-    rates = []
-    for _ in range(5):
-        rates.append(optimizer.param_groups[0]["lr"])
+    schedule = Schedule(kind, lr=1.0, epochs=5, milestones=[2, 4], decay_rate=0.1)
+    assert [schedule(epoch) for epoch in range(5)] == pytest.approx(want, abs=1e-4)
+
+
+@pytest.mark.parametrize("lr", [0.1, 0.3, 0.8])
+@pytest.mark.parametrize("kind", ["multistep", "cosine"])
+def test_learning_rates_are_those_of_torchs_schedulers_to_the_last_bit(kind, lr):
+    """Runs of version 0.1 had them, and go on with these."""
+    schedule = Schedule(kind, lr, epochs=300, milestones=[75, 150, 151, 225], decay_rate=0.2)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    scheduler = (MultiStepLR(optimizer, milestones=[75, 150, 151, 225], gamma=0.2) if kind == "multistep" else
+                 CosineAnnealingLR(optimizer, T_max=300))
+    for epoch in range(300):
+        assert schedule(epoch) == optimizer.param_groups[0]["lr"], epoch
         optimizer.step()
         scheduler.step()
-    assert rates == pytest.approx(want, abs=1e-4)

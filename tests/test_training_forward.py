@@ -39,7 +39,7 @@ def batches(device="cpu", dtype=torch.float32) -> list[tuple]:
              torch.randint(0, 5, (n,), generator=draw).to(device), 1.0) for n in [BATCH] * STEPS + [BATCH - 1]]
 
 
-def train(model: BoostedNet, forward: BoostedNet, data: list[tuple], skip_bad: bool = False) -> SimpleNamespace:
+def train(model: BoostedNet, forward: BoostedNet, data: list[tuple]) -> SimpleNamespace:
     """Losses (n_steps, n_exits) of every step, and what the model is at the end."""
     optimizer = build_optimizer(model.backbone, name="sgd", lr=1e-3, momentum=0.9, weight_decay=[1e-4])
     figures = EpochFigures(model.n_exits, data[0][0].device)
@@ -49,8 +49,8 @@ def train(model: BoostedNet, forward: BoostedNet, data: list[tuple], skip_bad: b
         sums.append(figures.sums[0].clone())
         return False
 
-    train_epoch(Method(model, optimizer, network=forward, skip_bad=skip_bad), data, figures, after_step=after_step)
-    return SimpleNamespace(losses=torch.stack(sums).diff(dim=0), skipped=figures.skipped, state=model.state_dict())
+    train_epoch(Method(model, optimizer, network=forward), data, figures, after_step=after_step)
+    return SimpleNamespace(losses=torch.stack(sums).diff(dim=0), state=model.state_dict())
 
 
 def losses(name: str, device="cpu", dtype=torch.float32, **options) -> torch.Tensor:
@@ -209,20 +209,6 @@ def test_only_full_batches_in_training_are_compiled(quick_compile):
     model.eval()(batches()[0][0])
     assert quick_compile == [BATCH]
     assert list(model.state_dict()) == list(network().state_dict())
-
-
-@pytest.mark.parametrize("options", [{"channels_last": True}, {"amp": "bf16"}, {"compiled": True}, "graphs"], ids=str)
-def test_a_step_with_a_nan_is_left_out_as_if_it_had_not_come(options, quick_compile, fake_graphs):
-    def run(data):
-        model = network()
-        forward = fake_graphs(model) if options == "graphs" else training_forward(model, batch_size=BATCH, **options)
-        return train(model, forward, data, skip_bad=True)
-
-    data = batches()
-    images, labels, share = data[1]
-    got = run([data[0], (images * float("nan"), labels, share), *data[2:]])
-    assert got.skipped == 1
-    assert not list(differences(got.state, run([data[0], *data[2:]]).state))
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,12 @@
 """The process group of a run started by torchrun; every helper is a no-op in a single process."""
 from __future__ import annotations
 
-import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,11 @@ from utils.core.errors import UserError, let_others_speak
 # A rank that waits this long for another one gives up; the launcher then ends the job.
 TIMEOUT = timedelta(minutes=10)
 
+# What torchrun puts into the environment of every process, for them to find each other.
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+logger = logging.getLogger("boostnet")
+
 
 @contextmanager
 def process_group(device: torch.device, backend: str | None = None) -> Iterator[None]:
@@ -27,17 +33,19 @@ def process_group(device: torch.device, backend: str | None = None) -> Iterator[
         device: of this process.
         backend: "nccl" or "gloo"; by default the one that fits the device.
     Raises:
-        UserError: for NCCL without GPUs.
+        UserError: for NCCL without GPUs, or where the environment is not torchrun's or leads nowhere.
     """
-    if "RANK" not in os.environ:
+    if not _was_launched():
         yield
         return
     cuda = device.type == "cuda"
     if backend == "nccl" and not cuda:
         raise UserError("--dist_backend nccl needs GPUs; leave it out to have the one that fits the device")
-    if cuda:
-        torch.cuda.set_device(device)
-    store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+    try:
+        store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+    except (ValueError, dist.DistError) as error:
+        place = ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES)
+        raise UserError(f"the processes of this run cannot find each other with {place}: {str(error).splitlines()[0]}") from error
     # torchrun keeps one store over its restarts, and the addresses of dead processes with it. A machine alone can tell its
     # starts apart by their number; several machines count them differently (docs/imagenet.md, "Two machines").
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if world == local_world_size() else "0"
@@ -50,6 +58,25 @@ def process_group(device: torch.device, backend: str | None = None) -> Iterator[
         raise
     # Not after an error: the other processes may never come to this line, and some backends wait for them here.
     dist.destroy_process_group()
+
+
+def _was_launched() -> bool:
+    """Whether this is one of several processes, by torchrun's environment.
+
+    Raises:
+        UserError: when there is only a part of that environment.
+    """
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+        copies = os.environ.get("SLURM_NTASKS", "1")
+        if copies.isdigit() and int(copies) > 1:
+            logger.warning("warning: SLURM_NTASKS is %s, but each of these processes runs for itself; to have them share a run, "
+                           "start one task per machine, and in it torchrun --nproc_per_node=GPUS ...", copies)
+        return False
+    if missing:
+        raise UserError(f"{' and '.join(name for name in VARIABLES if name not in missing)} in the environment, but not "
+                        f"{' and '.join(missing)}: start several processes with torchrun, or unset them for a single one")
+    return True
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
@@ -79,15 +106,14 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def same_everywhere(*values: object) -> bool:
-    """Whether all processes call this with the same values; all of them get the same answer."""
+def differences(values: dict[str, Any]) -> dict[str, list[Any]]:
+    """Those of the named values that are not the same in all processes, each with the values of all; the same answer for all."""
     if world_size() == 1:
-        return True
-    digest = hashlib.sha256(repr(values).encode()).digest()
-    number = torch.tensor([int.from_bytes(digest[:7], "big")], device=_collective_device())
-    extremes = torch.cat([number, -number])
-    dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    return extremes[0].item() == -extremes[1].item()
+        return {}
+    everywhere: list[dict[str, Any]] = [{}] * world_size()
+    dist.all_gather_object(everywhere, values)
+    of_all = {name: [one.get(name) for one in everywhere] for name in dict.fromkeys(name for one in everywhere for name in one)}
+    return {name: found for name, found in of_all.items() if any(value != found[0] for value in found)}
 
 
 @torch.no_grad()

@@ -42,11 +42,16 @@ def user_errors() -> Iterator[None]:
     except (TrainingDiverged, MemoryError) as error:
         sys.exit(fail(error if str(error) else "out of memory", FAILURE))
     except RuntimeError as error:
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+        if not is_out_of_memory(error):
             raise
         sys.exit(fail(str(error).splitlines()[0], FAILURE))
     except KeyboardInterrupt:
         sys.exit(fail("interrupted", INTERRUPTED))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or torch, which has several ways to say so, found no memory."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in ("out of memory", "can't allocate memory"))
 
 
 def let_others_speak() -> None:

@@ -41,7 +41,7 @@ def _commit() -> str | None:
 def choose_device(name: str, gpu: str, threads: int | None = None) -> torch.device:
     """Device of this process: "auto" takes CUDA where there is one; the process' local rank picks from the list `gpu`.
 
-    `threads` bounds the CPU threads of this process.
+    A GPU becomes the current device of CUDA. `threads` bounds the CPU threads of this process.
 
     Raises:
         UserError: when CUDA is asked for and missing, or the list names a device that is not there.
@@ -60,4 +60,6 @@ def choose_device(name: str, gpu: str, threads: int | None = None) -> torch.devi
     index = listed[distributed.local_rank()]
     if index >= torch.cuda.device_count():
         raise UserError(f"--gpu {gpu}: there is no device {index}; torch sees {torch.cuda.device_count()}")
-    return torch.device("cuda", index)
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)   # what names no device, such as a captured graph or a figure of memory, means this one
+    return device

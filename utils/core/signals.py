@@ -10,11 +10,13 @@ from types import FrameType
 
 from utils.core.errors import STOPPED
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopSignals:
-    """Takes note of SIGTERM, SIGINT and SIGUSR1 inside its `with` block; a second SIGINT raises KeyboardInterrupt at once.
+    """Takes note of SIGTERM, SIGINT, SIGUSR1 and SIGHUP inside its `with` block; a second SIGINT raises KeyboardInterrupt.
+
+    SIGHUP (a connection that was lost) stays ignored where it is, as by nohup.
 
     Attributes:
         received: name of the first signal that came, None before.
@@ -29,7 +31,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():   # Python allows handlers nowhere else
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS
+                              if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,6 +61,7 @@ def leave_signals_to_parent(worker: int = 0) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 

@@ -14,6 +14,7 @@ import torch
 from adaptive_inference import budget_curve, flatten, patience_curve, released_curve, solve_exit_rate
 from models import BoostedNet
 from op_counter import measure_model
+from utils import __version__
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.files import atomic_write, write_json
@@ -70,11 +71,12 @@ def header(saved: dict[str, Any], folder: Path, model: BoostedNet, data, *, ense
     """
     macs, params = measure_model(model, data.image_size, data.image_size)
     split = saved.get("split")
-    return {"format": 1, "name": folder.resolve().name, "dataset": saved["dataset"], "method": saved["method"],
-            "arch": saved["architecture"]["arch"], "config": saved["architecture"], "ensemble": ensemble, "policy": policy,
-            "temperatures": list(model.temperatures), "epoch": saved.get("epoch"), "epoch_kind": saved.get("epoch_kind"),
-            "weights_hash": hash_weights(saved["state_dict"]), "split_hash": split["hash"] if split else None,
-            "n_valid": data.n_valid, "n_test": data.n_test, "macs": macs, "params": params}
+    return {"format": 1, "version": __version__, "name": folder.resolve().name, "dataset": saved["dataset"],
+            "method": saved["method"], "arch": saved["architecture"]["arch"], "config": saved["architecture"],
+            "ensemble": ensemble, "policy": policy, "temperatures": list(model.temperatures), "epoch": saved.get("epoch"),
+            "epoch_kind": saved.get("epoch_kind"), "weights_hash": hash_weights(saved["state_dict"]),
+            "split_hash": split["hash"] if split else None, "n_valid": data.n_valid, "n_test": data.n_test, "macs": macs,
+            "params": params}
 
 
 def evaluate_anytime(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], suffix: str = "") -> dict[str, Any]:

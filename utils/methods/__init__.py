@@ -62,4 +62,4 @@ def build_method(args: argparse.Namespace, model: BoostedNet, optimizer: torch.o
     """
     method = METHODS[args.method]
     options: dict[str, Any] = method.options(args) | ({"teacher": teacher} if teacher else {})
-    return method(model, optimizer, network=network, skip_bad=args.on_nan == "skip", **options)
+    return method(model, optimizer, network=network, **options)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from models import BoostedNet
-from utils.methods.bad_steps import BadSteps
 from utils.methods.losses import ExitLosses, cross_entropies
 from utils.runs import checkpoint
 
@@ -40,15 +39,13 @@ class Method:
         optimizer: over its parameters.
         network: what to call for predictions where that is a wrapper around the model (DistributedDataParallel); only for
             methods that catalog.METHODS says are one call.
-        skip_bad: leave out steps whose loss or gradient is not finite.
         equalise: see `ExitLosses`.
     """
 
     def __init__(self, model: BoostedNet, optimizer: torch.optim.Optimizer, *, network: nn.Module | None = None,
-                 skip_bad: bool = False, equalise: bool = False) -> None:
+                 equalise: bool = False) -> None:
         self.model, self.optimizer, self.network = model, optimizer, network or model
         self.objective = ExitLosses(equalise)
-        self.bad_steps = BadSteps(model, self.objective) if skip_bad else None
 
     @classmethod
     def options(cls, args: argparse.Namespace) -> dict[str, Any]:
@@ -76,16 +73,11 @@ class Method:
         """
         return self.update(images, labels, share)
 
-    def update(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome | None:
-        """One forward pass, one backward pass, one step of the optimiser; None where the step was bad and left out."""
-        if self.bad_steps:
-            self.bad_steps.before_forward()
+    def update(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome:
+        """One forward pass, one backward pass, one step of the optimiser."""
         outcome = self.loss(images, labels, share)
         self.optimizer.zero_grad(set_to_none=True)
         self.backward(outcome.total)
-        if self.bad_steps and self.bad_steps.found(outcome.per_sample):
-            self.bad_steps.undo()
-            return None
         self.optimizer.step()
         return outcome
 
@@ -103,8 +95,8 @@ class Method:
         """Put the gradients of the loss into the parameters."""
         total.backward()
 
-    def end_epoch(self) -> None:
-        """Called after every epoch, with the learning-rate schedule."""
+    def set_progress(self, epochs_done: float) -> None:
+        """Called before every step, with the epochs done so far, for schedules of the method's own."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides model and optimiser: tensors and plain types."""

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adaptive_inference import released_shares
-from utils.methods.bad_steps import all_finite
 from utils.methods.base import Method, Outcome
 from utils.methods.losses import cross_entropies
 
@@ -49,8 +48,7 @@ class SampleWeighting(Method):
     which its weights would cause lowers the loss of the other half, where a sample counts only at the exit it would leave at.
     Batch-norm statistics of that trial are thrown away. With a boosted head all of this looks at the predictions F_n.
 
-    In a batch of odd size the second half is the larger one. A single image is trained on as it is, without a meta step. With
-    `skip_bad` a batch counts as skipped when a step on either half was; the other half's step stands.
+    In a batch of odd size the second half is the larger one. A single image is trained on as it is, without a meta step.
 
     Args:
         hidden_size, n_layers: of the weight network.
@@ -72,7 +70,7 @@ class SampleWeighting(Method):
         self.reads, self.centring, self.epsilon = reads, centring, epsilon
         self.shares = released_shares(target_p_index / 20, n_exits)
         self.meta_interval, self.meta_lr, self.epochs = meta_interval, meta_lr, epochs
-        self.batches = self.epochs_done = 0
+        self.batches = 0
 
     @classmethod
     def options(cls, args: argparse.Namespace) -> dict[str, Any]:
@@ -81,7 +79,7 @@ class SampleWeighting(Method):
                 "target_p_index": args.target_p_index, "meta_interval": args.meta_interval, "meta_lr": args.meta_lr,
                 "meta_weight_decay": args.meta_weight_decay, "epochs": args.epochs}
 
-    def step(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome | None:
+    def step(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome:
         half = len(labels) // 2
         if half == 0:
             return self.update(images, labels)
@@ -92,7 +90,7 @@ class SampleWeighting(Method):
                 self.meta_step(*training, *held_out)
             outcomes.append(self.update(*training))
         self.batches += 1
-        return None if None in outcomes else _joined(*outcomes)
+        return _joined(*outcomes)
 
     def loss(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome:
         predictions = self.predict(images)
@@ -113,8 +111,6 @@ class SampleWeighting(Method):
         """Move the weight network, by Adam, down the loss of the held-out half after a trial step on the training half."""
         gradients = torch.autograd.grad(self.meta_loss(images, labels, held_out_images, held_out_labels),
                                         list(self.weight_net.parameters()))
-        if self.bad_steps and not all_finite(gradients):
-            return
         for parameter, gradient in zip(self.weight_net.parameters(), gradients):
             parameter.grad = gradient
         self.meta_optimizer.step()
@@ -149,21 +145,20 @@ class SampleWeighting(Method):
             gradient = gradient + group["momentum"] * buffer
         return parameter.detach() - group["lr"] * gradient
 
-    def end_epoch(self) -> None:
-        self.epochs_done += 1
-        lr = self.meta_lr * (1 + math.cos(math.pi * self.epochs_done / self.epochs)) / 2
+    def set_progress(self, epochs_done: float) -> None:
+        lr = self.meta_lr * (1 + math.cos(math.pi * epochs_done / self.epochs)) / 2
         for group in self.meta_optimizer.param_groups:
             group["lr"] = lr
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "weight_net": self.weight_net.state_dict(), "batches": self.batches,
-                "meta_optimizer": self.meta_optimizer.state_dict(), "epochs_done": self.epochs_done}
+                "meta_optimizer": self.meta_optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.weight_net.load_state_dict(state["weight_net"])
         self.meta_optimizer.load_state_dict(state["meta_optimizer"])
-        self.batches, self.epochs_done = state["batches"], state["epochs_done"]
+        self.batches = state["batches"]
 
 
 def leaving(confidence: Tensor, shares: Sequence[float]) -> list[Tensor]:

@@ -21,9 +21,15 @@ NETWORK = ("arch", "nBlocks", "base", "step", "stepmode", "nChannels", "growthRa
 # other flags make the model, the data or the schedule; --epochs has a rule of its own.
 FREE_ON_RESUME = frozenset((
     "result_dir", "tensorboard_dir", "data_root", "resume", "checkpoint", "start_epoch", "workers", "val_workers", "device",
-    "gpu", "threads", "deterministic", "print_freq", "on_nan", "skip_unreadable", "distributed", "dist_backend", "local_rank",
+    "gpu", "threads", "deterministic", "print_freq", "skip_unreadable", "distributed", "dist_backend", "local_rank",
     "bnAfter", "evaluate_from", "evalmode", "ensemble", "policy", "budget", "cost", "images", "sweep", "flat_curve", "publish",
     "save_suffix",
+))
+
+# What may differ between the processes of one run: what is different on another machine. The files behind the paths are compared.
+MAY_DIFFER = frozenset((
+    "result_dir", "tensorboard_dir", "data_root", "checkpoint", "teacher", "workers", "val_workers", "gpu", "threads",
+    "distributed", "local_rank", "bnAfter",
 ))
 
 per_scale = list_of(whole, "-", "1-2-4")
@@ -206,9 +212,6 @@ def _training_flags(parser: argparse.ArgumentParser) -> None:
         help="epochs after which the learning rate drops (default: %(default)s)")
     add("--decay-rate", type=number, default=0.1, metavar="X",
         help="factor of each drop (default: %(default)s)")
-    add("--on_nan", choices=("stop", "skip"), default="stop",
-        help="NaN or infinite loss: stop, or leave such steps out and count them, which waits for the device in every step "
-             "(default: %(default)s)")
     add("--momentum", type=number, default=0.9, metavar="X", help="of sgd and rmsprop (default: %(default)s)")
     add("--weight-decay", "--wd", type=list_of(number, ",", "1e-4,5e-4"), default="1e-4", metavar="X[,X]",
         help="two values: from the first to the last of MSDNet's blocks (default: %(default)s)")

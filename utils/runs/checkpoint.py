@@ -6,19 +6,21 @@ method, temperatures, class names, hold-out split. `model_latest.pth` also holds
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import pickle
 import shutil
 import zipfile
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from utils.core.errors import UserError
+from utils import __version__
+from utils.core import distributed
+from utils.core.errors import UserError, is_out_of_memory
 from utils.core.files import TEMPORARY, atomic_write, to_disk
 
 FORMAT = 1
@@ -26,12 +28,14 @@ LATEST, BEST, PREVIOUS, DAMAGED = "model_latest.pth", "model_best.pth", "model_p
 TEST_BEST = "model_test_best.pth"   # by --paper_protocol only
 NAMES = LATEST, BEST, PREVIOUS, DAMAGED, TEST_BEST
 
+logger = logging.getLogger("boostnet")
+
 # Of weights, and of the counters of batch normalisation.
 WEIGHT_TYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32}
 # What is beside the weights in a checkpoint of this project, and under `training` in one that a run can go on from.
 CONTENT = {"architecture": dict, "dataset": str, "class_names": list, "method": str, "temperatures": list,
            "trainable_ensemble": bool, "split": (dict, type(None)), "epoch": int, "epoch_kind": str}
-TRAINING = {"optimizer": dict, "scheduler": dict, "objective": dict, "figures": dict, "best": dict, "history": list,
+TRAINING = {"optimizer": dict, "objective": dict, "figures": dict, "best": dict, "history": list,
             "rng": dict, "config": dict, "n_train": int, "labels_hash": str, "processes": int}
 
 
@@ -42,14 +46,18 @@ def save(path: Path, content: dict[str, Any]) -> None:
         OSError: with the path and the reason, when it cannot be written.
     """
     with atomic_write(path) as file:
-        torch.save({"format": FORMAT, **content}, file)
+        _write(content, file)
+
+
+def _write(content: dict[str, Any], file: BinaryIO) -> None:
+    torch.save({**content, "format": FORMAT, "version": __version__}, file)
 
 
 def save_latest(folder: Path, content: dict[str, Any]) -> None:
     """Replace the latest checkpoint of a run and keep the one before it until the next save."""
     latest = folder / LATEST
     with atomic_write(latest) as file:
-        torch.save({"format": FORMAT, **content}, file)
+        _write(content, file)
         to_disk(file)
         if latest.exists():   # only now: what fails to be written costs neither of the two
             _keep(latest, folder / PREVIOUS)
@@ -71,29 +79,34 @@ def _keep(latest: Path, previous: Path) -> None:
 def load_latest(folder: Path) -> dict[str, Any] | None:
     """The newest good checkpoint that the run in `folder` can go on from; None where there is none at all.
 
-    A latest checkpoint that is not good is set aside, and the log says so.
+    Which file it is, the log says. A latest checkpoint that was read and is wrong is set aside.
 
     Raises:
         UserError: when there are checkpoints, but no good one.
+        OSError, MemoryError: when one cannot be read, which says nothing about what is in it.
     """
-    problems = []
+    problems: dict[str, str] = {}
     for path in (folder / LATEST, folder / PREVIOUS):
-        if not path.exists():
-            continue
         try:
             content = load(path)
             _check(content.get("training", {}), TRAINING, f"{path} cannot be resumed, though it may be evaluated")
-        except UserError as error:
-            problems.append(str(error))
+        except FileNotFoundError:
             continue
-        if problems:
-            # Out of the way of the next save, which would make it the previous one and so lose the good one.
-            with suppress(FileNotFoundError):   # another process of the same run was faster
+        except UserError as error:
+            problems[path.name] = str(error)
+            continue
+        if distributed.is_main():
+            if LATEST in problems:
+                # Out of the way of the next save, which would make it the previous one and so lose the good one.
                 os.replace(folder / LATEST, folder / DAMAGED)
-            logging.getLogger("boostnet").warning("%s; kept as %s, going on from %s", problems[0], DAMAGED, path.name)
+                logger.warning("%s; kept as %s, going on from %s", problems[LATEST], DAMAGED, path.name)
+            elif path.name == PREVIOUS:
+                logger.warning("there is no %s in %s; going on from %s", LATEST, folder, PREVIOUS)
+            else:
+                logger.info("going on from %s", path)
         return content
     if problems:
-        raise UserError("; ".join(problems))
+        raise UserError("; ".join(problems.values()))
     return None
 
 
@@ -106,11 +119,16 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: when there is no such file.
         UserError: when it is damaged, holds code, or is something else.
+        OSError, MemoryError: when it cannot be read.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    content = _read(path)
+    try:
+        stored = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{path}: no such checkpoint") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder, not a checkpoint") from error
+    content = _parse(stored, path)
     weights = content.get("state_dict") if isinstance(content, dict) else None
     if isinstance(weights, dict) and isinstance(weights.get("model"), dict):
         weights = weights["model"]
@@ -138,28 +156,33 @@ def _check(content: Any, expected: dict[str, Any], complaint: str) -> None:
             raise UserError(f"{complaint}: its entry {name!r} is {found}")
 
 
-def _read(path: Path) -> Any:
-    if zipfile.is_zipfile(path):   # torch.load does not verify the checksums of its own format
+def _parse(stored: bytes, path: Path) -> Any:
+    """What the bytes of a checkpoint hold. They are in memory, so that whatever is wrong here is wrong with them."""
+    file = io.BytesIO(stored)
+    if zipfile.is_zipfile(file):   # torch.load does not verify the checksums of its own format
         try:
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
         except Exception as error:   # whatever the damage makes of the table of contents
             raise UserError(f"{path} is damaged: {error}") from error
         if damaged:
             raise UserError(f"{path} is damaged: the checksum of {damaged} does not fit")
+    file.seek(0)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: it holds more than tensors and plain values, which could run code "
-                        f"({_unsafe(path)})") from error
+                        f"({_unsafe(stored)})") from error
     except Exception as error:   # torch.load raises a dozen kinds on damaged files
+        if is_out_of_memory(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
 
 
-def _unsafe(path: Path) -> str:
+def _unsafe(stored: bytes) -> str:
     try:
-        return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or "unknown content"
+        return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(stored))) or "unknown content"
     except Exception:
         return "not a checkpoint file"
 

@@ -1,6 +1,7 @@
 """A run's folder and what is written to it: log, TensorBoard scalars, results.json."""
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from utils import __version__
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.files import read_json, sweep, write_json
@@ -128,24 +130,28 @@ def stored_split(saved: dict[str, Any] | None) -> Split | None:
     return Split.from_dict(saved["split"]) if saved and saved["split"] else None
 
 
-def start_run(folder: str, *, tensorboard_dir: str | None, config: dict[str, Any], n_train: int, data_hash: str,
-              split: Split | None, device: torch.device) -> Run:
-    """Write down what the run in `folder` is.
+def start_run(args: argparse.Namespace, data, device: torch.device, saved: dict[str, Any] | None) -> Run:
+    """Write down what the run in --result_dir is: the flags it began with, its data and its machine.
 
     Raises:
         UserError: when TensorBoard's folder cannot be made.
     """
-    path = Path(folder)
-    scalars = Path(tensorboard_dir) if tensorboard_dir else path / "log"
+    path = Path(args.result_dir)
+    scalars = Path(args.tensorboard_dir) if args.tensorboard_dir else path / "log"
+    config = plain(vars(args))
+    if saved:   # where the run began, a command with --resume does not say again
+        config |= {name: saved["training"]["config"][name] for name in ("checkpoint", "start_epoch")
+                   if name in saved["training"]["config"]}
     if distributed.is_main():
         try:   # not after the first epoch, when TensorBoard would
             scalars.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--tensorboard_dir {scalars} cannot be written: {error.strerror}") from error
-        if split is not None:
-            split.save(path / SPLIT)
-    results = {"format": 1, "config": config, "processes": distributed.world_size(), "n_train": n_train, "data_hash": data_hash,
-               "split_hash": split.hash if split else None, "versions": versions(device)}
+        if data.split is not None:
+            data.split.save(path / SPLIT)
+    results = {"format": 1, "version": __version__, "config": config, "processes": distributed.world_size(),
+               "n_train": data.n_train, "data_hash": data.data_hash, "split_hash": data.split.hash if data.split else None,
+               "versions": versions(device)}
     return Run(path, tensorboard_dir=scalars, results=results)
 
 

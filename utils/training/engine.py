@@ -1,7 +1,9 @@
-"""One epoch of training and one pass of evaluation; both keep their figures on the device until they are asked for."""
+"""One epoch of training, whose figures stay on the device until they are asked for."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -91,14 +93,40 @@ def train_epoch(method: Method, batches: Iterable, figures: EpochFigures, *, aft
         Whether the epoch is complete.
     """
     method.network.train()
-    for batch in batches:
-        if not len(batch[1]) and world_size() > 1:   # the others would wait for its gradients
-            raise UserError("a process has a batch without an image that can be read, see above; remove such files")
-        outcome = method.step(*batch) if len(batch[1]) else None
-        if outcome is None:
-            figures.skip()
-        else:
-            figures.add(outcome.predictions, outcome.labels, outcome.per_sample)
-        if after_step(figures.steps):
-            return False
+    with tuned_convolutions():
+        for batch in batches:
+            if not len(batch[1]) and world_size() > 1:   # the others would wait for its gradients
+                raise UserError("a process has a batch without an image that can be read, see above; remove such files")
+            _train_step(method, batch, figures)
+            if after_step(figures.steps):
+                return False
     return True
+
+
+def _train_step(method: Method, batch: tuple[Tensor, Tensor, float], figures: EpochFigures) -> None:
+    """One step and its figures. The outcome ends here: a CUDA graph cannot be captured while an earlier autograd graph lives."""
+    outcome = method.step(*batch) if len(batch[1]) else None
+    if outcome is None:
+        figures.skip()
+    else:
+        figures.add(outcome.predictions, outcome.labels, outcome.per_sample)
+
+
+@contextmanager
+def tuned_convolutions() -> Iterator[None]:
+    """While the block runs cuDNN times its algorithms for every new shape, unless --deterministic asks for equal bits.
+
+    For training only: in evaluation and early exit nearly every batch has another size, and each would be timed anew.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether no tensor has a NaN or an infinite number, as a bool tensor on their device."""
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    return torch.nn.utils.get_total_norm(floats, norm_type=math.inf).isfinite()

@@ -1,11 +1,13 @@
 """Optimisers and learning-rate schedules by their command-line names."""
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 
 def build_optimizer(backbone: nn.Module, *, name: str, lr: float, momentum: float,
@@ -39,9 +41,32 @@ def _groups(backbone: nn.Module, weight_decay: Sequence[float]) -> list[dict]:
             for i, (block, classifier) in enumerate(zip(backbone.blocks, backbone.classifier, strict=True))]
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, *, kind: str, milestones: Sequence[int], decay_rate: float,
-                    epochs: int) -> LRScheduler:
-    """Schedule stepped once per epoch: "multistep" (times decay_rate at each milestone) or "cosine" (to zero at the end)."""
-    if kind == "cosine":
-        return CosineAnnealingLR(optimizer, T_max=epochs)
-    return MultiStepLR(optimizer, milestones=list(milestones), gamma=decay_rate)
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate as a function of the epochs done.
+
+    Both kinds multiply in the order of torch's schedulers, and so give their rates to the last bit.
+
+    Attributes:
+        kind: "multistep" (times `decay_rate` at each milestone) or "cosine" (to zero at the end).
+        lr: at the start.
+        epochs: in all.
+        milestones: epochs after which the rate drops, rising.
+    """
+
+    kind: str
+    lr: float
+    epochs: int
+    milestones: Sequence[int] = ()
+    decay_rate: float = 0.1
+
+    def __call__(self, epochs_done: int) -> float:
+        lr = self.lr
+        if self.kind == "cosine":
+            heights = [1 + math.cos(math.pi * epoch / self.epochs) for epoch in range(epochs_done + 1)]
+            for before, after in pairwise(heights):
+                lr = after / before * lr
+            return lr
+        for _ in range(sum(milestone <= epochs_done for milestone in self.milestones)):
+            lr *= self.decay_rate
+        return lr

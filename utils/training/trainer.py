@@ -1,81 +1,22 @@
 """The training loop: epochs, validation, checkpoints, log lines. CIFAR and ImageNet share it."""
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import time
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from utils.core import distributed
 from utils.core.errors import TrainingDiverged, UserError
-from utils.core.rng import make_deterministic, rng_state, seed_all, set_rng_state
+from utils.core.rng import rng_state, set_rng_state
 from utils.core.signals import StopSignals
-from utils.evaluation.fast_form import load_teacher
 from utils.evaluation.modes import evaluate_anytime, header
 from utils.evaluation.predict import predict
-from utils.methods import METHODS, Method, build_method, build_model, require_one_process
-from utils.methods.bad_steps import all_finite
-from utils.options import catalog
+from utils.methods import Method
 from utils.runs import checkpoint
-from utils.runs.folder import Run, finished, plain, start_run
-from utils.runs.restore import describe, is_of_same_data, require_same_hold_out
-from utils.training.engine import EpochFigures, train_epoch
-from utils.training.fast_forward import training_forward
-from utils.training.optim import build_optimizer, build_scheduler
-
-
-def prepare(args: argparse.Namespace, data, device: torch.device, saved: dict[str, Any] | None = None) -> Trainer:
-    """Everything a training run needs, from the parsed flags and opened data.
-
-    Args:
-        saved: the checkpoint to go on from, None to start anew.
-    Raises:
-        UserError: for flags that fit no network, or weights or a checkpoint that fit the flags or the data not.
-    """
-    require_one_process(args)
-    args.num_classes = data.num_classes
-    place = (saved["epoch"], saved["training"]["figures"].get("steps")) if saved else None
-    if not distributed.same_everywhere(place, data.labels_hash, data.n_train, data.n_valid, data.n_test):
-        raise UserError("the processes of this run see different data or different checkpoints; --data-root must have the same "
-                        "files on all machines, and --result_dir must be a folder that they share")
-    seed_all(args.seed)
-    if args.deterministic:
-        make_deterministic()
-    model = build_model(args).to(device)
-    if args.checkpoint:
-        start = checkpoint.load(args.checkpoint)
-        METHODS[args.method].load_start(model, start, args.checkpoint)
-        if catalog.METHODS[args.method].second_stage or is_of_same_data(start, data):
-            require_same_hold_out(start, data, args.checkpoint)
-    elif catalog.METHODS[args.method].second_stage and not saved:
-        raise UserError(f"nothing to resume in {args.result_dir}; --method {args.method} begins with the trained network of "
-                        "--checkpoint FILE, without --resume")
-    teacher = load_teacher(args.teacher, data).to(device) if args.teacher else None
-    forward = training_forward(model, batch_size=args.batch_size, amp=args.amp, channels_last=args.channels_last,
-                               compiled=args.compile, cuda_graphs=args.cuda_graphs)
-    optimizer = build_optimizer(model.backbone, name=args.optimizer, lr=args.lr_f, momentum=args.momentum,
-                                weight_decay=args.weight_decay)
-    scheduler = build_scheduler(optimizer, kind=args.lr_type, milestones=args.lr_milestones, decay_rate=args.decay_rate,
-                                epochs=args.epochs)
-    config = plain(vars(args))
-    if saved:   # where the run began, a command with --resume does not say again
-        config |= {name: saved["training"]["config"][name] for name in ("checkpoint", "start_epoch")
-                   if name in saved["training"]["config"]}
-    run = start_run(args.result_dir, tensorboard_dir=args.tensorboard_dir, config=config, n_train=data.n_train,
-                    data_hash=data.data_hash, split=data.split, device=device)
-    method = build_method(args, model, optimizer, network=distributed.wrap(forward, device), teacher=teacher)
-    trainer = Trainer(method, data, run, scheduler=scheduler, description=describe(args, model, data), epochs=args.epochs,
-                      start_epoch=args.start_epoch, print_freq=args.print_freq, paper_protocol=args.paper_protocol,
-                      teacher_hash=checkpoint.hash_weights(teacher.state_dict()) if teacher else None)
-    if saved:
-        trainer.resume(saved)
-    elif args.resume:
-        run.log.info("nothing to resume in %s: starting from the beginning", run.folder)
-    return trainer
+from utils.runs.folder import Run, finished
+from utils.training.engine import EpochFigures, all_finite, train_epoch
+from utils.training.optim import Schedule
 
 
 class Trainer:
@@ -85,6 +26,7 @@ class Trainer:
         method: with the network, of which checkpoints hold the backbone, and the optimiser.
         data: with `train(epoch, first_batch)`, `valid()`, `n_train`, `n_valid`.
         run: folder, log and results.
+        schedule: the learning rate.
         description: what a checkpoint says about the network besides its weights.
         epochs, start_epoch: train epochs start_epoch ... epochs - 1.
         print_freq: steps between looks at the loss; nothing else in an epoch waits for the device.
@@ -92,11 +34,11 @@ class Trainer:
         teacher_hash: of the weights of another network that the method learns from.
     """
 
-    def __init__(self, method: Method, data, run: Run, *, scheduler: torch.optim.lr_scheduler.LRScheduler,
-                 description: dict[str, Any], epochs: int, start_epoch: int = 0, print_freq: int = 10,
-                 paper_protocol: bool = False, teacher_hash: str | None = None) -> None:
+    def __init__(self, method: Method, data, run: Run, *, schedule: Schedule, description: dict[str, Any], epochs: int,
+                 start_epoch: int = 0, print_freq: int = 10, paper_protocol: bool = False,
+                 teacher_hash: str | None = None) -> None:
         self.method, self.data, self.run, self.description = method, data, run, description
-        self.model, self.optimizer, self.scheduler = method.model, method.optimizer, scheduler
+        self.model, self.optimizer, self.schedule = method.model, method.optimizer, schedule
         self.epochs, self.epoch, self.print_freq = epochs, start_epoch, print_freq
         self.device = next(self.model.parameters()).device
         self.paper_protocol, self.teacher_hash = paper_protocol, teacher_hash
@@ -104,9 +46,6 @@ class Trainer:
         self.best = {"epoch": 0, "top1": -1.0, "chosen_on": hold_out if data.n_valid else "last epoch"}
         self.history: list[dict[str, Any]] = []
         self.figures = EpochFigures(self.model.n_exits, self.device)   # of the epoch under way: its steps are the place in it
-        self.optimizer.step()   # no gradients yet: moves nothing, but the schedule expects it in front of its own first step
-        for _ in range(start_epoch):
-            self._advance_schedules()
 
     def fit(self, signals: StopSignals | None = None) -> bool:
         """Train to the last epoch; False when a signal ended it before that, with everything saved.
@@ -167,42 +106,33 @@ class Trainer:
                 raise UserError(f"{source} cannot be resumed with other data, processes or teacher: {name} was {then}, now {now}")
         checkpoint.load_weights(self.model.backbone, saved["state_dict"], source)
         try:
-            for name, value in self.scheduler.state_dict().items():   # what another version of torch has not is no harm
-                kind = dict if isinstance(value, dict) else (int, float) if isinstance(value, (int, float)) else type(value)
-                if not isinstance(state["scheduler"].get(name, value), kind):
-                    raise ValueError(f"its schedule has no {name}")
             self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
             self.method.load_state_dict(state["objective"])
             self.figures.load_state_dict(state["figures"])
             set_rng_state(state["rng"])
-            self._require_usable(state)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+            self.epoch, self.best, self.history = saved["epoch"], state["best"], state["history"]
+            self._note_results()   # the run may have been killed before it wrote them
+        except Exception as error:   # whatever a state raises that is another method's, or another optimiser's
             raise UserError(f"{source} cannot be resumed: {type(error).__name__} {error}") from error
-        self.epoch, self.best, self.history = saved["epoch"], state["best"], state["history"]
-        self._note_results()   # the run may have been killed before it wrote them
         if distributed.is_main():
             self.run.log.info("resuming at %s", self._place())
-
-    def _require_usable(self, state: dict[str, Any]) -> None:
-        """Raise some exception for a training state that loads but would only fail later."""
-        for group in self.optimizer.param_groups:
-            if not 0 <= float(group["lr"]) < math.inf:
-                raise ValueError(f"its learning rate is {group['lr']}")
-            for parameter in group["params"]:
-                for value in self.optimizer.state.get(parameter, {}).values():
-                    if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
-                        raise ValueError("the optimiser's averages have other shapes than the weights")
-        json.dumps([state["best"]["epoch"], state["best"]["top1"], state["best"], state["history"]])   # they go to results.json
 
     def _origin(self) -> dict[str, Any]:
         """What makes the batches of an epoch besides the flags: with another value there is no going on."""
         return {"n_train": self.data.n_train, "labels_hash": self.data.labels_hash, "processes": distributed.world_size(),
                 "teacher_hash": self.teacher_hash}
 
+    def _set_learning_rate(self) -> float:
+        """Let optimiser and method know how far the run is; returns the learning rate."""
+        lr = self.schedule(self.epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.method.set_progress(self.epoch)
+        return lr
+
     def _train_steps(self, signals: StopSignals) -> bool:
         """The steps of an epoch that are still to do; False when a signal came before its end."""
-        lr, figures = self.optimizer.param_groups[0]["lr"], self.figures
+        lr, figures = self._set_learning_rate(), self.figures
         batches = self.data.train(self.epoch, first_batch=figures.steps)
         started = time.perf_counter()
         with tqdm(total=figures.steps + len(batches), initial=figures.steps, desc=f"epoch {self.epoch + 1}/{self.epochs}",
@@ -229,14 +159,13 @@ class Trainer:
     def _finish_epoch(self) -> None:
         """Validate, write down and save an epoch whose steps are done."""
         figures = self.figures
-        entry = {"epoch": self.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], **figures.summary(),
+        entry = {"epoch": self.epoch + 1, "lr": self.schedule(self.epoch), **figures.summary(),
                  "skipped_steps": figures.skipped, "seconds": round(figures.seconds, 3),
                  "images_per_s": round(self.data.n_train / figures.seconds, 1)}
         distributed.share_buffers(self.model)
         entry["valid_top1"] = predict(self.model, self.data.valid(self.epoch)).top1 if self.data.n_valid else None
         if self.paper_protocol:
             entry["test_top1"] = predict(self.model, self.data.test()).top1
-        self._advance_schedules()
         self.epoch += 1
         self.figures = EpochFigures(self.model.n_exits, self.device)
         self.history.append(entry)
@@ -250,10 +179,6 @@ class Trainer:
         self._note_results()
         self.run.save_results()
         self._write_scalars(entry)   # last: what goes wrong there costs no epoch
-
-    def _advance_schedules(self) -> None:
-        self.scheduler.step()
-        self.method.end_epoch()
 
     def _note_results(self) -> None:
         self.run.results |= {"epochs": self.history, "best": self.best}
@@ -283,9 +208,9 @@ class Trainer:
         return {"state_dict": self.model.backbone.state_dict(), **self.description, "epoch": self.epoch, "epoch_kind": kind}
 
     def _training_state(self, figures: dict[str, Any]) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-                "objective": self.method.state_dict(), "figures": figures, "best": self.best,
-                "history": self.history, "rng": rng_state(), "config": self.run.results["config"], **self._origin()}
+        return {"optimizer": self.optimizer.state_dict(), "objective": self.method.state_dict(), "figures": figures,
+                "best": self.best, "history": self.history, "rng": rng_state(), "config": self.run.results["config"],
+                **self._origin()}
 
     def _log(self, entry: dict[str, Any]) -> None:
         eta = (self.epochs - self.epoch) * entry["seconds"]

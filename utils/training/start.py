@@ -1,0 +1,64 @@
+"""What a run begins with: weights of another run, and the same of everything in all its processes."""
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from models import BoostedNet
+from utils import __version__
+from utils.core import distributed
+from utils.core.errors import UserError
+from utils.methods import METHODS
+from utils.options import catalog
+from utils.options.flags import MAY_DIFFER
+from utils.options.parser import shown
+from utils.runs import checkpoint
+from utils.runs.folder import plain
+from utils.runs.restore import is_of_same_data, require_same_hold_out
+
+
+def load_start(args: argparse.Namespace, model: BoostedNet, data) -> None:
+    """Give the network of a new run the weights of --checkpoint, if any.
+
+    Raises:
+        UserError: when they do not fit, when they may come from images that this run holds out, or when the method needs some.
+    """
+    second_stage = catalog.METHODS[args.method].second_stage
+    if args.checkpoint:
+        start = checkpoint.load(args.checkpoint)
+        METHODS[args.method].load_start(model, start, args.checkpoint)
+        if second_stage or is_of_same_data(start, data):
+            require_same_hold_out(start, data, args.checkpoint)
+    elif second_stage:
+        raise UserError(f"nothing to resume in {args.result_dir}; --method {args.method} begins with the trained network of "
+                        "--checkpoint FILE, without --resume")
+
+
+def require_same_flags(args: argparse.Namespace) -> None:
+    """Refuse processes that were started by different commands; all of them have to call this.
+
+    Raises:
+        UserError: naming the flags and their values.
+    """
+    flags = {name: value for name, value in plain(vars(args)).items() if name not in MAY_DIFFER}
+    different = distributed.differences(flags | {"version": __version__})
+    if different:
+        found = "; ".join(f"{name} is {' and '.join(dict.fromkeys(map(shown, values)))}" for name, values in different.items())
+        raise UserError(f"the processes of this run were started by different commands: {found}")
+
+
+def require_same_start(saved: dict[str, Any] | None, data, model: BoostedNet, teacher_hash: str | None) -> None:
+    """Refuse processes that would not train the same network on the same images; all of them have to call this.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    if distributed.world_size() == 1:
+        return
+    different = distributed.differences({
+        "the checkpoint to go on from": (saved["epoch"], saved["training"]["figures"].get("steps")) if saved else None,
+        "the training images": (data.n_train, data.data_hash), "the hold-out split": data.split and data.split.hash,
+        "the weights to begin with": checkpoint.hash_weights(model.state_dict()), "the teacher": teacher_hash})
+    if different:
+        raise UserError(f"the processes of this run differ in {' and '.join(different)}; --data-root, --checkpoint and --teacher "
+                        "must lead to equal files on all machines, and --result_dir to a folder that they share")
