@@ -112,6 +112,16 @@ def test_sizes_combine_by_hold_out_accuracy_though_test_accuracy_says_otherwise(
     assert legend(drawn["anytime"]) == ["BoostNet, MSDNet (small)", "BoostNet, MSDNet (large)"]
 
 
+def test_the_cost_of_a_point_is_what_the_test_set_spent(tmp_path, drawn):
+    file = write_run(tmp_path / "run", anytime=False, points=[(10, 60, 61)]) / "dynamic.json"
+    content = json.loads(file.read_text())
+    content["points"][0]["test_mean_macs"] = 12e6
+    file.write_text(json.dumps(content))
+    plots.plot_runs([file.parent], paper="none")
+    x, y = line(drawn["budgeted"], "BoostNet, MSDNet").get_data()
+    assert (list(x), list(y)) == ([12], [61])
+
+
 def test_sizes_with_different_splits_are_refused_and_nothing_is_written(tmp_path, capsys):
     runs = [write_run(tmp_path / "small", base=4), write_run(tmp_path / "large", base=8, split_hash="b" * 64)]
     with pytest.raises(SystemExit) as stop:
@@ -150,6 +160,11 @@ def test_results_written_with_a_suffix_are_found_and_named(tmp_path, drawn):
     write_run(run, suffix="_reweight")
     plots.plot_runs([run, write_run(tmp_path / "other")], paper="none")
     assert legend(drawn["budgeted"]) == [f"BoostNet, MSDNet ({name})" for name in ("run", "other", "run_reweight")]
+
+
+def test_a_flat_curve_is_one_by_its_content_and_not_by_a_suffix(tmp_path):
+    run = write_run(tmp_path / "run", anytime=False, flat=True, suffix="_x")
+    assert [(result["name"], result["suffix"]) for result in read_evaluations(run)] == [("run_x", "_x")]
 
 
 def test_anytime_results_of_the_last_epoch_give_way_to_those_with_a_suffix(tmp_path, drawn):

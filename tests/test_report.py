@@ -71,6 +71,7 @@ def test_the_papers_table_has_its_rows_this_projects_and_the_difference(tmp_path
     [table] = [table for table in tables if MSDNET in table.title]
     assert table.rows[3][1] == "-0.60" and table.rows[6][1] == "-0.32"   # 64 - 64.60, 65 - 65.32
     assert found["BoostNet less baseline, here"] == ["+1.00"] * 10
+    assert found["BoostNet less baseline, paper"][::9] == ["+0.72", "+0.32"]
     assert set(rows(tables, RANET)["BoostNet, here"]) == {"not run"} and len(tables) == 2
 
 
@@ -94,6 +95,12 @@ def test_seeds_become_mean_standard_deviation_and_n(tmp_path):
     cell = f"{statistics.fmean(values):.2f} +- {statistics.stdev(values):.2f}"
     assert found["BoostNet, here, n = 3"][0] == cell == "66.50 +- 1.80"
     assert found["  less the paper"][0] == f"{66.5 - 65.32:+.2f}"
+
+
+def test_temperatures_make_no_other_training_where_exits_predict_alone(tmp_path):
+    runs = [write_run(tmp_path / str(seed), flags=f"--method joint --seed {seed} --ensemble_reweight 0.{seed + 3}")
+            for seed in (0, 1)]
+    assert "baseline, here, n = 2" in rows(report.report(runs), MSDNET)
 
 
 def test_every_seed_has_a_hold_out_of_its_own(tmp_path, capsys):
@@ -146,10 +153,12 @@ def test_imagenet_counts_the_images_of_all_processes(tmp_path):
 
 
 def test_a_run_enters_the_table_of_its_own_data_set_alone(tmp_path):
-    tables = report.report([write_run(tmp_path / "imagenet", 60.0, **IMAGENET), write_run(tmp_path / "cifar", 65.0)])
+    tables = report.report([write_run(tmp_path / "imagenet", 60.0, **IMAGENET), write_run(tmp_path / "cifar", 65.0),
+                            write_run(tmp_path / "own", 66.0, dataset="folder")])
+    assert rows(tables, "own images")["BoostNet"][0] == "66.00"
     assert rows(tables, MSDNET)["BoostNet, here"][0] == "65.00"
     assert rows(tables, "ImageNet, MSDNet")["BoostNet, here"][0] == "60.00"
-    assert set(rows(tables, RANET)["BoostNet, here"]) == {"not run"} and len(tables) == 4   # two of each data set
+    assert set(rows(tables, RANET)["BoostNet, here"]) == {"not run"} and len(tables) == 5   # two of each data set
 
 
 def test_a_run_that_was_tested_before_its_last_epoch_stays_out_of_the_papers_table(tmp_path):
@@ -266,8 +275,9 @@ def test_results_that_make_no_sense_end_with_one_line(tmp_path, capsys, path, va
     assert f"{file} is damaged" in message and (f"{path}" in message or "not one number for each exit" in message)
 
 
-@pytest.mark.parametrize("other", [{"data_hash": "b"}, {"n_train": 45_000}, {"processes": 2}, {"epoch": 299}])
-def test_runs_of_other_data_processes_or_epochs_are_not_averaged(tmp_path, other):
+@pytest.mark.parametrize("other", [{"data_hash": "b"}, {"n_train": 45_000}, {"processes": 2}, {"epoch": 299},
+                                   {"macs": [macs + 1 for macs in MACS[PAPERS["msdnet"]]["macs"]]}])
+def test_runs_of_other_data_processes_epochs_or_costs_are_not_averaged(tmp_path, other):
     schedule = "--epochs 300 --lr_milestones 100"
     runs = [write_run(tmp_path / "0", data_hash="a", flags=schedule),
             write_run(tmp_path / "1", flags=f"{schedule} --seed 1", **{"data_hash": "a", **other})]
