@@ -408,6 +408,26 @@ def test_a_size_is_judged_between_and_beyond_its_own_points_and_equals_count_onc
     assert [point["model"] for point in ai.combine_sizes([small, twin])] == ["small", "small"]
 
 
+def test_points_may_come_in_any_order_and_a_sweep_without_budgets_stands_at_its_hold_out_cost():
+    small = curve("small", [(30, 66, 1), (20, 65, 1), (10, 60, 1)])   # as the released sweep has them, dearest first
+    large = curve("large", [(40, 72, 2), (25, 65, 2), (15, 64, 2)])
+    for points in (small["points"], large["points"]):
+        for point in points:
+            point |= {"budget": None, "test_mean_macs": 100 - point["valid_mean_macs"]}
+    combined = ai.combine_sizes([small, large])
+    # At 15 the small one promises 62.5, at 25 it promises 65.5 and the large one 65; at 20 the large one promises 64.5, and at 30
+    # 65 + 7 / 3.
+    assert [(point["valid_mean_macs"], point["model"]) for point in combined] == [
+        (10, "small"), (15, "large"), (20, "small"), (40, "large")]
+
+
+@pytest.mark.parametrize("one, other, message", [
+    ({"split_hash": None}, {"split_hash": None}, "split_hash"), ({"flat": True}, {}, "flat"), ({}, {"flat": True}, "flat")])
+def test_sizes_without_a_hold_out_and_flat_beside_other_curves_are_not_combined(one, other, message):
+    with pytest.raises(UserError, match=f"differ in {message}"):
+        ai.combine_sizes([{**curve("a", [(1, 1, 1)]), **one}, {**curve("b", [(1, 1, 1)]), **other}])
+
+
 @pytest.mark.parametrize("other, message", [
     (curve("b", [(1, 1, 1)], split_hash="t"), "split_hash"), (curve("b", [(1, 1, 1)], split_hash=None), "split_hash"),
     (curve("b", [(1, 1, 1)], family="released"), "family")])
