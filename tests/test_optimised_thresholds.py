@@ -1,0 +1,263 @@
+"""Thresholds chosen for accuracy: against brute force, against the geometric ones, and promises against their own pool."""
+import itertools
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adaptive_inference import budget_grid, evaluate_thresholds, exit_index, fit_thresholds
+from utils.evaluation.published import load_arrays
+from utils.evaluation.thresholds import (
+    BestShares, PriceSolver, certify, fit_shares, geometric_shares, hull, is_below, probability_right,
+)
+
+PUBLISHED = Path(__file__).parent.parent / "published" / "cifar100_small"
+
+
+def scores(rng, n_exits, n_inputs, skill=None):
+    """Confidences and answers of a made-up network: inputs differ in difficulty, exits in skill, and confidence tells of both."""
+    skill = np.linspace(0.3, 1.5, n_exits) if skill is None else np.asarray(skill)
+    difficulty = rng.normal(size=n_inputs)
+    certainty = skill[:, None] - difficulty + 0.7 * rng.normal(size=(n_exits, n_inputs))
+    confidence = 1 / (1 + np.exp(-certainty))
+    return confidence.astype(np.float32), rng.random((n_exits, n_inputs)) < confidence
+
+
+# Against brute force
+
+def small_cases(n_cases):
+    """Few inputs and exits, every other case with many equal confidences."""
+    rng = np.random.default_rng(0)
+    for case in range(n_cases):
+        n_exits, n_inputs = int(rng.integers(2, 5)), int(rng.integers(3, 9))
+        shape = (n_exits, n_inputs)
+        confidence = rng.choice([0.2, 0.4, 0.6, 0.8, 1.0], shape) if case % 2 else rng.random(shape)
+        correct = rng.random(shape) < 0.4 + 0.1 * np.arange(n_exits)[:, None]
+        yield confidence, correct, np.cumsum(rng.random(n_exits) + 0.2)
+
+
+def every_choice(confidence, correct, costs):
+    """(cost, accuracy) of every threshold vector, by the rule as `adaptive_inference` has it."""
+    levels = [[*np.unique(row), np.inf] for row in confidence[:-1]]
+    for thresholds in itertools.product(*levels):
+        top1, cost, _ = evaluate_thresholds(confidence, correct, [*thresholds, -np.inf], costs)
+        yield cost, top1 / 100
+
+
+def test_hull_against_every_threshold_vector():
+    gaps = []
+    for confidence, correct, costs in small_cases(150):
+        choices = np.array(list(every_choice(confidence, correct, costs)))
+        corners = hull(PriceSolver(confidence, correct, costs), resolution=0.0)
+        for price in np.array([0, 0.1, 0.3, 0.6, 1]) / costs[-1]:
+            best = (choices[:, 1] - price * choices[:, 0]).max()
+            gaps.append(best - max(corner.value - price * corner.cost for corner in corners))
+    gaps = np.array(gaps)
+    assert gaps.min() > -1e-6                  # nothing is claimed that no thresholds reach
+    assert np.mean(gaps < 1e-6) > 0.95         # nearly always the best there is; else an exit pays only along with another
+    assert gaps.mean() < 0.005
+
+
+def test_no_single_exit_can_be_improved():
+    for confidence, correct, costs in small_cases(60):
+        solver, price = PriceSolver(confidence, correct, costs), 0.2 / costs[-1]
+        found = solver.solve(price, solver.keep_all())
+        for k in range(len(costs) - 1):
+            for rank in range(confidence.shape[1] + 1):
+                other = solver.corner([*found.ranks[:k], rank, *found.ranks[k + 1:]])
+                assert other.value - price * other.cost < found.value - price * found.cost + 1e-5
+
+
+def test_corner_is_what_its_shares_give_as_thresholds():
+    for confidence, correct, costs in small_cases(60):
+        for corner in hull(PriceSolver(confidence, correct, costs), resolution=0.0):
+            top1, cost, shares = evaluate_thresholds(confidence, correct, fit_shares(confidence, corner.shares), costs)
+            assert (top1 / 100, cost) == pytest.approx((corner.value, corner.cost), abs=1e-6)
+            assert shares == pytest.approx(corner.shares)
+
+
+def test_mixtures_cost_their_budget():
+    rng = np.random.default_rng(1)
+    confidence, correct = scores(rng, 5, 1000)
+    costs = np.array([1.0, 2, 4, 5, 9])
+    best = BestShares(confidence, correct, costs)
+    budgets = np.linspace(1, 9, 30)
+    assert best.at(budgets) @ costs == pytest.approx(np.minimum(budgets, best.dearest))
+
+
+def test_regression_converges_where_newton_steps_overshoot():
+    confidence, correct = scores(np.random.default_rng(5), 4, 3000, skill=[0.5, 1.5, -2, -2])
+    probability = probability_right(confidence, correct)
+    assert probability.mean(axis=1) == pytest.approx(correct.mean(axis=1), abs=1e-3)
+    assert np.mean((probability - correct) ** 2, axis=1) == pytest.approx((confidence - confidence ** 2).mean(axis=1), rel=0.1)
+
+
+# What it earns
+
+def exit_in_the_middle_of_no_use(rng, n_inputs):
+    return scores(rng, 5, n_inputs, skill=[0.3, 0.9, -1.5, -1.5, 1.5])
+
+
+def test_an_exit_that_never_pays_is_not_used():
+    confidence, correct = exit_in_the_middle_of_no_use(np.random.default_rng(2), 4000)
+    best = BestShares(confidence, correct, [1.0, 2, 3, 4, 5])
+    assert best.trust > 0.9
+    assert best.at(np.linspace(1.5, 4, 6))[:, 2:4].max() < 0.05
+
+
+def test_earns_on_new_inputs_where_eq9_wastes():
+    rng = np.random.default_rng(3)
+    held_out, new = exit_in_the_middle_of_no_use(rng, 4000), exit_in_the_middle_of_no_use(rng, 20000)
+    costs, budgets = np.arange(1.0, 6), np.array([2.0, 2.5, 3, 3.5])
+    for best, geometric in zip(BestShares(*held_out, costs).at(budgets), geometric_shares(costs, budgets)):
+        best, spent, _ = evaluate_thresholds(*new, fit_shares(held_out[0], best), costs)
+        plain, equally, _ = evaluate_thresholds(*new, fit_thresholds(held_out[0], geometric), costs)
+        assert best > plain + 1
+        assert spent == pytest.approx(equally, rel=0.03)
+
+
+def test_gains_by_chance_are_not_trusted():
+    # Confidences say nothing: no choice of thresholds is better than another.
+    rng, found = np.random.default_rng(4), []
+    for _ in range(8):
+        confidence, correct = rng.random((3, 500)).astype(np.float32), rng.random((3, 500)) < 0.5
+        found.append(BestShares(confidence, correct, [1.0, 2, 3]).trust)
+    assert np.mean(found) < 0.4
+
+
+def test_beyond_what_pays_nothing_is_spent():
+    confidence, correct = scores(np.random.default_rng(5), 4, 3000, skill=[0.5, 1.5, -2, -2])
+    costs = np.array([1.0, 2, 3, 4])
+    shares = BestShares(confidence, correct, costs).at([4.0])[0]
+    assert shares @ costs < 2.1
+
+
+def test_new_inputs_stay_out_of_exits_that_are_out_of_use():
+    confidence = 0.5 + np.random.default_rng(5).random((4, 100)).astype(np.float32) / 2
+    thresholds = fit_shares(confidence, np.array([0.3, 0.7, 0, 0]))
+    assert exit_index(np.zeros((4, 1), np.float32), thresholds)[0] == 1   # less certain than all of the hold-out
+
+
+@pytest.mark.parametrize("case", ["one input", "all right", "all wrong", "certain", "one exit"])
+def test_degenerate_hold_outs(case):
+    rng = np.random.default_rng(6)
+    confidence, correct = scores(rng, 1 if case == "one exit" else 3, 1 if case == "one input" else 50)
+    if case in ("all right", "all wrong"):
+        correct[:] = case == "all right"
+    if case == "certain":
+        confidence[:] = 1.0
+    costs = np.arange(1.0, len(confidence) + 1)
+    shares = BestShares(confidence, correct, costs).at([costs[0], costs.mean(), costs[-1]])
+    assert np.isfinite(shares).all() and shares.sum(axis=1) == pytest.approx(1)
+    for row in shares:
+        assert not np.isnan(fit_shares(confidence, row)).any()
+
+
+def test_forty_budgets_of_ten_exits_within_two_seconds():
+    confidence, correct = scores(np.random.default_rng(7), 10, 5000)
+    costs = np.linspace(15, 120, 10)
+    start = time.process_time()   # the machine may be busy with something else
+    BestShares(confidence, correct, costs).at(budget_grid(costs))
+    assert time.process_time() - start < 3   # 0.7 s on an idle machine; busy neighbours cost processor time as well
+
+
+def test_same_hold_out_same_shares():
+    confidence, correct = scores(np.random.default_rng(8), 4, 500)
+    costs = np.array([1.0, 2, 3, 4])
+    assert np.array_equal(BestShares(confidence, correct, costs).at([2.0]), BestShares(confidence, correct, costs).at([2.0]))
+
+
+# The promise
+
+def share_of_broken(pool, costs, max_drop, level, n_draws, n_inputs, find):
+    """Share of hold-outs, drawn with replacement from a pool, whose thresholds lose more than promised on the pool itself."""
+    confidence, correct = pool
+    broken = 0
+    for draw in range(n_draws):
+        drawn = np.random.default_rng(draw).integers(confidence.shape[1], size=n_inputs)
+        thresholds = find(confidence[:, drawn], correct[:, drawn], costs, max_drop, level, draw)
+        broken += 100 * correct[-1].mean() - evaluate_thresholds(confidence, correct, thresholds, costs)[0] > max_drop
+    return broken / n_draws
+
+
+def promise(confidence, correct, costs, max_drop, level, seed):
+    return certify(confidence, correct, costs, max_drop, level, seed=seed).thresholds
+
+
+def without_bound(confidence, correct, costs, max_drop, level, seed):
+    """The cheapest thresholds whose loss on the images they were fitted on is small enough: no promise."""
+    cheapest = None
+    for shares in BestShares(confidence, correct, costs, seed=seed).at(np.linspace(costs[-1], costs[0], 100)):
+        thresholds = fit_shares(confidence, shares)
+        if 100 * correct[-1].mean() - evaluate_thresholds(confidence, correct, thresholds, costs)[0] <= max_drop:
+            cheapest = thresholds
+    return cheapest
+
+
+def allowed(level, n_draws):
+    """1 - level and three binomial standard errors."""
+    return 1 - level + 3 * np.sqrt(level * (1 - level) / n_draws)
+
+
+def test_promise_is_kept_and_a_point_without_bound_is_not():
+    pool, costs = scores(np.random.default_rng(9), 3, 20000), np.array([1.0, 2, 4])
+    level, n_draws = 0.8, 40   # a lower level than usual shows a wrong bound in fewer draws
+    assert share_of_broken(pool, costs, 2, level, n_draws, 500, promise) <= allowed(level, n_draws)
+    assert share_of_broken(pool, costs, 2, level, n_draws, 500, without_bound) > allowed(level, n_draws)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["synthetic", "msdnet_boost", "ranet_joint"])
+def test_promise_is_kept_in_300_hold_outs(source):
+    if source == "synthetic":
+        pool, costs = scores(np.random.default_rng(10), 5, 20000), np.arange(1.0, 6)
+    else:
+        about, parts = load_arrays(PUBLISHED / source / "arrays_dynamic.npz")
+        pool = tuple(np.concatenate([parts["valid"][i], parts["test"][i]], axis=1) for i in range(2))
+        costs = np.array(about["macs"], float)
+    assert share_of_broken(pool, costs, 1, 0.95, 300, 3000, promise) <= allowed(0.95, 300)
+    assert share_of_broken(pool, costs, 1, 0.95, 60, 3000, without_bound) > allowed(0.95, 60)
+
+
+def test_promise_saves_and_says_what_it_measured():
+    confidence, correct = scores(np.random.default_rng(11), 4, 5000)
+    costs = np.array([1.0, 2, 3, 4])
+    found = certify(confidence, correct, costs, 3.0)
+    assert found.certified and found.n_fit == found.n_tested == 2500
+    assert 1 < found.mean_cost < 4
+    assert found.drop <= 3
+    dearer = certify(confidence, correct, costs, 3.0, 0.999)
+    assert dearer.mean_cost > found.mean_cost
+
+
+def test_images_that_thresholds_were_fitted_on_certify_nothing():
+    confidence, correct = scores(np.random.default_rng(11), 2, 4000)
+    correct[1] = True
+    fitted = np.random.default_rng(0).permutation(4000)[:2000]   # as the division goes with seed 0
+    correct[0], correct[0, fitted] = False, True                 # the first exit fails on all others
+    assert not certify(confidence, correct, [1.0, 2], 1.0, seed=0).certified
+
+
+def test_what_cannot_be_certified_is_the_whole_network():
+    confidence, correct = scores(np.random.default_rng(12), 3, 60)
+    found = certify(confidence, correct, [1.0, 2, 3], 0.1)
+    assert not found.certified and found.mean_cost == 3 and found.drop == 0
+    assert found.thresholds.tolist() == [np.inf, np.inf, -np.inf]
+
+
+def test_bound_by_betting_holds_and_is_not_idle():
+    rng = np.random.default_rng(13)
+    at_bound = rng.choice([-1, 0, 1], size=(2000, 1000), p=[0.02, 0.94, 0.04])    # mean 0.02, exactly the bound
+    passed = np.mean([is_below(losses, 0.02, 0.9, 0.06) for losses in at_bound])
+    assert passed <= allowed(0.9, 2000)
+    below = rng.choice([-1, 0, 1], size=(200, 1000), p=[0.03, 0.94, 0.03])        # mean 0, 2.6 standard errors below
+    assert np.mean([is_below(losses, 0.02, 0.9, 0.06) for losses in below]) > 0.6
+    assert not any(is_below(losses, 0.02, 0.9, 0.06) for losses in rng.choice([-1, 0, 1], size=(200, 1000), p=[0, 0.94, 0.06]))
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-9, 1.0])
+def test_a_wrong_guess_of_the_spread_breaks_nothing(spread):
+    rng = np.random.default_rng(14)
+    assert np.mean([is_below(losses, 0.02, 0.9, spread)
+                    for losses in rng.choice([0, 1], size=(1000, 500), p=[0.98, 0.02])]) <= allowed(0.9, 1000)
