@@ -9,7 +9,14 @@ import pytest
 from adaptive_inference import budget_grid, evaluate_thresholds, exit_index, fit_thresholds
 from utils.evaluation.published import load_arrays
 from utils.evaluation.thresholds import (
-    BestShares, PriceSolver, certify, fit_shares, geometric_shares, hull, is_below, probability_right,
+    BestShares,
+    PriceSolver,
+    certify,
+    fit_shares,
+    geometric_shares,
+    hull,
+    is_below,
+    probability_right,
 )
 
 PUBLISHED = Path(__file__).parent.parent / "published" / "cifar100_small"
