@@ -260,13 +260,13 @@ def test_hold_out_and_test_images_have_the_workers_of_evaluation(folder, monkeyp
 
     def load(*arguments, num_workers, **options):
         started.append(num_workers)
-        return DataLoader(*arguments, num_workers=0, **options)
+        return DataLoader(*arguments, num_workers=num_workers, **options)
 
     monkeypatch.setattr(imagefolder, "DataLoader", load)
-    data = open_folder(folder, use_valid=True, valid_size=4, workers=3, val_workers=5)
+    data = open_folder(folder, use_valid=True, valid_size=4, workers=1, val_workers=2)
     for batches in (data.train(0), data.valid(), data.test()):
         list(batches)
-    assert started == [3, 5, 5]
+    assert started == [1, 2, 2]
 
 
 def test_results_count_the_images_that_could_be_read(damaged, tmp_path, capsys):

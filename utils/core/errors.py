@@ -28,6 +28,14 @@ class TrainingDiverged(RuntimeError):
     """A loss or a weight is no longer a finite number."""
 
 
+class WorkerKilled(RuntimeError):
+    """A process that prepares images was ended from outside."""
+
+
+class Stopped(BaseException):
+    """A signal came while the run waited for images. Like KeyboardInterrupt no Exception: nothing may take it for a bad file."""
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turn what users and machines do wrong into one line on stderr and an exit code; everything else is a bug and shows."""
@@ -39,14 +47,20 @@ def user_errors() -> Iterator[None]:
         sys.exit(fail(error))
     except OSError as error:   # a path that cannot be is a mistake; a full disk or too many open files are not
         sys.exit(fail(error, MISTAKE if error.errno in MISTAKEN_PATHS else FAILURE))
-    except (TrainingDiverged, MemoryError) as error:
+    except (TrainingDiverged, WorkerKilled, MemoryError) as error:
         sys.exit(fail(error if str(error) else "out of memory", FAILURE))
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):   # its advice about shared memory does not apply here
+            reason = str(error).splitlines()[0].partition(". ")[0]
+            sys.exit(fail(f"a process that loads images was killed, most likely because memory ran out ({reason}); start again "
+                          "with more memory or fewer --workers", FAILURE))
         if not is_out_of_memory(error):
             raise
         sys.exit(fail(str(error).splitlines()[0], FAILURE))
     except KeyboardInterrupt:
         sys.exit(fail("interrupted", INTERRUPTED))
+    except Stopped as stop:
+        sys.exit(fail(str(stop), STOPPED))
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -4,13 +4,17 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TypeVar
 
-from utils.core.errors import STOPPED
+from utils.core import distributed
+from utils.core.errors import STOPPED, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+T = TypeVar("T")
+_waiting_for_images = False
 
 
 class StopSignals:
@@ -49,20 +53,42 @@ class StopSignals:
                 raise KeyboardInterrupt
             self._interrupted = True
         self.received = self.received or signal.Signals(number).name
+        if _waiting_for_images and distributed.world_size() == 1:   # several processes have to agree, between two steps
+            raise Stopped(f"{self.received}: stopped while waiting for images")
         # print() must not be called here: the signal may have come in the middle of another print().
         with suppress(OSError):   # the terminal may be gone
             os.write(2, f"\n{self.received}: finishing this step, then saving (Ctrl-C twice leaves at once)\n".encode())
 
 
-def leave_signals_to_parent(worker: int = 0) -> None:
-    """For processes that load data: what a scheduler or Ctrl-C sends to the whole job, the training loop answers.
+def interruptible(images: Iterable[T]) -> Iterator[T]:
+    """The same batches; inside `StopSignals`, a signal that comes while the next one is awaited raises Stopped.
 
-    Only the first SIGTERM is ignored. It is also how a parent ends a process that hangs, and it tries more than once.
+    The next step, after which a signal is answered otherwise, may be far: a file system may not answer for minutes.
+    """
+    global _waiting_for_images
+    images = iter(images)
+    while True:
+        _waiting_for_images = True
+        try:
+            batch = next(images)
+        except StopIteration:
+            return
+        finally:
+            _waiting_for_images = False
+        yield batch
+
+
+def leave_signals_to_parent(worker: int = 0, *, first_sigterm: bool = True) -> None:
+    """For processes that prepare images: what a scheduler or Ctrl-C sends to the whole job, the parent answers.
+
+    Only the first SIGTERM is ignored, and none without `first_sigterm`. It is also how a parent ends a process that hangs;
+    PyTorch's loader tries more than once.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    once = (lambda number, frame: signal.signal(number, signal.SIG_DFL)) if first_sigterm else signal.SIG_DFL
+    signal.signal(signal.SIGTERM, once)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from utils.core.errors import UserError
 from utils.data.cache import load_or_build, user_cache_folder
-from utils.data.small_images import in_parallel
+from utils.data.workers import in_parallel
 
 CLASS_NAMES = list("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 SIZES = {"train": 20_000, "test": 4_000}

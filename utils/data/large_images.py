@@ -15,11 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils.core.errors import UserError
-from utils.core.signals import held_back, leave_signals_to_parent
+from utils.core.signals import held_back, interruptible, leave_signals_to_parent
 from utils.data.augment import Normalise
 from utils.data.decoders import DECODERS, evaluation_crop, explain, random_box, sample_generator
 from utils.data.folders import Listing
 from utils.data.sampling import Plan
+from utils.data.workers import InSharedBatch, SharedBatches
+
+PREFETCH = 2   # batches that a worker has in hand or ready
 
 logger = logging.getLogger("boostnet")
 
@@ -28,33 +31,44 @@ class Crops(NamedTuple):
     """What a worker sends for one batch.
 
     Attributes:
-        pixels: (k, S, S, 3) uint8, the readable images of the batch.
-        index: (k,) int64, their positions in the listing.
+        pixels: (k, S, S, 3) uint8, the readable images of the batch; good until the next batch is asked for.
+        index: (k,) int64, their positions in the listing. No tensor: that would go through /dev/shm.
         failures: (position, message) of each image that could not be read.
     """
 
-    pixels: Tensor
-    index: Tensor
+    pixels: Tensor | InSharedBatch
+    index: np.ndarray
     failures: list[tuple[int, str]]
 
 
 class _Cropper(Dataset):
-    """Turns the positions of one batch into crops; runs in the workers. Without `draws` the crop is the middle."""
+    """Turns the positions of one batch into crops; runs in the workers. Without `draws` the crop is the middle.
 
-    def __init__(self, listing: Listing, decoder: str, size: int, draws: tuple[int, int] | None) -> None:
-        self.listing, self.size, self.draws = listing, size, draws
+    Args:
+        shared: where the pixels go; None for this process alone.
+    """
+
+    def __init__(self, listing: Listing, decoder: str, size: int, draws: tuple[int, int] | None,
+                 shared: SharedBatches | None) -> None:
+        self.listing, self.size, self.draws, self.shared = listing, size, draws, shared
         self.decoder = DECODERS[decoder]()
 
-    def __getitems__(self, positions: list[int]) -> Crops:
-        pixels = torch.empty((len(positions), self.size, self.size, 3), dtype=torch.uint8)
-        rows, read, failures = pixels.numpy(), [], []
+    def __getitems__(self, batch: tuple[int, list[int]]) -> Crops:
+        number, positions = batch
+        if self.shared:
+            slot = number % len(self.shared.arrays)
+            rows = self.shared.arrays[slot]
+        else:
+            rows = np.empty((len(positions), self.size, self.size, 3), np.uint8)
+        read, failures = [], []
         for position in positions:
             try:
                 rows[len(read)] = self._crop(position)
                 read.append(position)
             except Exception as error:  # damaged files make decoders raise nearly anything; the main process decides
                 failures.append((position, explain(error)))
-        return Crops(pixels[:len(read)], torch.tensor(read, dtype=torch.int64), failures)
+        pixels = InSharedBatch(self.shared, slot, len(read)) if self.shared else torch.from_numpy(rows[:len(read)])
+        return Crops(pixels, np.array(read, np.int64), failures)
 
     def _crop(self, position: int) -> np.ndarray:
         image = self.decoder.load(self.listing.path(position))
@@ -103,16 +117,22 @@ class FolderImages:
     def _stream(self, plan: Plan, draws: tuple[int, int] | None) -> Iterator[tuple[Tensor, Tensor]]:
         with held_back():   # a worker killed before it knows what to do with a signal would end the run
             batches = iter(self.load(plan, draws))
-        for crops in batches:
+        for crops in interruptible(batches):
             self._note(crops)
             pixels = crops.pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-            yield self.normalise(pixels), self.labels[crops.index].to(self.device, non_blocking=True)
+            yield self.normalise(pixels), self.labels[torch.from_numpy(crops.index)].to(self.device, non_blocking=True)
 
     def load(self, plan: Plan, draws: tuple[int, int] | None) -> DataLoader:
         """Loader of the plan's `Crops`."""
-        cropper = _Cropper(self.listing, self.decoder, self.image_size, draws)
-        batches = [part.tolist() for part in plan.index.split(plan.sizes)]
+        batches = [(number, part.tolist()) for number, part in enumerate(plan.index.split(plan.sizes))]
+        shared = None
+        if self.workers and batches:
+            # At most PREFETCH batches per worker are under way, and one is being read.
+            n = min(PREFETCH * self.workers + 1, len(batches))
+            shared = SharedBatches(n, (max(plan.sizes), self.image_size, self.image_size, 3))
+        cropper = _Cropper(self.listing, self.decoder, self.image_size, draws, shared)
         return DataLoader(cropper, batch_sampler=batches, num_workers=self.workers, collate_fn=_as_they_are,
+                          prefetch_factor=PREFETCH if self.workers else None,
                           pin_memory=self.device.type == "cuda", worker_init_fn=leave_signals_to_parent,
                           generator=torch.Generator())  # its own: the global random state is the training's
 

@@ -1,12 +1,7 @@
 """All the small images of a class-folder data set as one array."""
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Iterator
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -15,6 +10,7 @@ from utils.core.errors import UserError
 from utils.data.cache import load_or_build
 from utils.data.decoders import decode
 from utils.data.folders import Listing, cache_places, check_same_classes, find_test_folder, scan
+from utils.data.workers import in_parallel
 
 CHUNK = 500  # images per task of the decoding pool
 FORMAT = 2  # of the cache; since 2 images are turned as their EXIF orientation says
@@ -66,20 +62,3 @@ def _decode_chunk(task: tuple[list[str], int]) -> np.ndarray:
                             f"to be {size}x{size}; --image_size 224 crops and scales images of any size")
         image[:] = np.asarray(decoded).transpose(2, 0, 1)
     return images
-
-
-def in_parallel(function: Callable[[Any], Any], tasks: list) -> Iterator[Any]:
-    """Results of `function(task)` in the order of `tasks`, by one process per core where processes can be forked.
-
-    Forked workers start at once and need nothing imported; elsewhere (and for few tasks) the work is done here.
-    """
-    n_workers = min(_usable_cores(), len(tasks))
-    if n_workers < 2 or sys.platform != "linux":
-        yield from map(function, tasks)
-        return
-    with get_context("fork").Pool(n_workers) as pool:
-        yield from pool.imap(function, tasks)
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,7 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from utils.core import distributed
-from utils.core.errors import TrainingDiverged, UserError
+from utils.core.errors import Stopped, TrainingDiverged, UserError
 from utils.core.rng import rng_state, set_rng_state
 from utils.core.signals import StopSignals
 from utils.evaluation.modes import evaluate_anytime, header
@@ -67,6 +67,10 @@ class Trainer:
                     self._save()
                     return self._say_stopped(signals)
                 self._finish_epoch()
+        except Stopped:   # between two steps, or after the last one of an epoch, while the hold-out was read
+            self._require_finite()
+            self._save()   # in here, where the loader is still open: to close it takes long if its file system does not answer
+            return self._say_stopped(signals)
         finally:
             self.run.close()
         return True
@@ -147,14 +151,23 @@ class Trainer:
                 # Several processes agree only now and then: asking all of them makes each wait for its device.
                 return (distributed.world_size() == 1 or step % self.print_freq == 0) and self._stop(signals)
 
-            complete = train_epoch(self.method, batches, figures, after_step=after_step)
-        figures.seconds += time.perf_counter() - started
+            try:
+                complete = train_epoch(self.method, batches, figures, after_step=after_step)
+            finally:
+                figures.seconds += time.perf_counter() - started
+        self._require_finite()
+        return complete
+
+    def _require_finite(self) -> None:
+        """Raise TrainingDiverged when a loss of this epoch or a weight is not finite.
+
+        The last update may have spoilt the weights without any loss having shown it.
+        """
+        lr, figures = self.optimizer.param_groups[0]["lr"], self.figures
         figures.check(self.epoch, lr)
-        # The last update may have spoilt the weights without any loss having shown it.
-        if not figures.samples or not all_finite(self.model.state_dict().values()):
+        if figures.steps and not figures.samples or not all_finite(self.model.state_dict().values()):
             raise TrainingDiverged(f"{'the weights became' if figures.samples else 'every loss was'} NaN or infinite by "
                                    f"{self._place()} (learning rate {lr:g}); try a lower --lr_f, or look at the data")
-        return complete
 
     def _finish_epoch(self) -> None:
         """Validate, write down and save an epoch whose steps are done."""
