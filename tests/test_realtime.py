@@ -10,8 +10,7 @@ import torch
 
 import eval_cifar100
 import train_cifar100
-from utils import export
-from utils.evaluation import operating_points, realtime
+from utils.evaluation import operating_points, programs, realtime
 from utils.evaluation.fast_form import load_model, prepare_for_inference
 from utils.runs import checkpoint
 
@@ -140,7 +139,7 @@ def test_outputs_without_a_class_folder_have_numbers(images, run, tmp_path, caps
     printed = capsys.readouterr().out
     assert "class 1" in printed or "class 2" in printed
     model, saved = load_model(tmp_path / "model_best.pth")
-    assert export.describe(model, saved, [], [])["class_names"] == ["the first", "class 1", "class 2"]
+    assert programs.describe(model, saved, [], [], "torch")["class_names"] == ["the first", "class 1", "class 2"]
 
 
 def test_mistakes_with_images_end_with_one_line(images, run, tmp_path, capsys):
