@@ -44,7 +44,7 @@ RULES: tuple[Rule, ...] = (
     *each("threads meta_net_num_layers", lambda x: 1 <= x <= 1024, "at least 1 and at most 1024"),
     *each("start_epoch workers val_workers local_rank", lambda x: 0 <= x <= 1_000_000, "at least 0 and at most 1000000"),
     *each("weight_decay ensemble_reweight meta_weight_decay", lambda x: 0 <= x <= 1e30, "at least 0 and at most 1e30"),
-    *each("lr_f budget meta_lr distill_T", lambda x: 0 < x <= 1e30, "above 0 and at most 1e30"),
+    *each("lr_f budget meta_lr distill_T save_every_minutes", lambda x: 0 < x <= 1e30, "above 0 and at most 1e30"),
     *each("epsilon distill_weight", lambda x: 0 <= x <= 1, "from 0 to 1"),
     *each("target_p_index", lambda x: 1 <= x <= 39, "from 1 to 39"),
     *each("seed", lambda x: 0 <= x < 2**32, "from 0 to 4294967295"),

@@ -74,7 +74,8 @@ def train(args: Namespace, device: torch.device, signals: StopSignals) -> int:
 
         run = start_run(args, data, device, saved)
         trainer = Trainer(method, data, run, schedule=schedule, description=describe(args, model, data), epochs=args.epochs,
-                          start_epoch=args.start_epoch, print_freq=args.print_freq, paper_protocol=args.paper_protocol,
+                          start_epoch=args.start_epoch, print_freq=args.print_freq,
+                          save_every_minutes=args.save_every_minutes, paper_protocol=args.paper_protocol,
                           teacher_hash=teacher_hash)
         if saved:
             trainer.resume(saved)

@@ -34,14 +34,14 @@ FLAGS = """
 --images --include_final --learning-rate --local-rank --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones
 --meta_interval --meta_lr --meta_net_hidden_size --meta_net_input_type --meta_net_num_layers --meta_weight_decay
 --method --momentum --nBlocks --nChannels --optimizer --overlap --paper_protocol --policy --print-freq
---prune --publish --reduction --result_dir --resume --save_suffix --scale-list --seed --skip_unreadable --start-epoch
---step --stepmode --sweep --target_p_index --teacher --tensorboard_dir --threads --trainable_ensemble --use-valid
---val_workers --valid_size --wd --weight-decay --workers -h -p
+--prune --publish --reduction --result_dir --resume --save_every_minutes --save_suffix --scale-list --seed
+--skip_unreadable --start-epoch --step --stepmode --sweep --target_p_index --teacher --tensorboard_dir --threads
+--trainable_ensemble --use-valid --val_workers --valid_size --wd --weight-decay --workers -h -p
 """
 
 DEFAULTS = dict(
     result_dir=None, tensorboard_dir=None, resume=False, checkpoint=None, seed=0, device="auto", gpu="0", threads=None,
-    deterministic=False, print_freq=10,
+    deterministic=False, print_freq=10, save_every_minutes=None,
     dataset="cifar100", data_root="data", image_size=32, num_classes=100, use_valid=False,
     valid_size=5000, workers=4, val_workers=1, decoder="pillow", skip_unreadable=False,
     arch="msdnet_ge", nBlocks=1, base=4, step=1, stepmode="even", nChannels=32, growthRate=6,

@@ -95,7 +95,7 @@ def test_forty_kills_at_random_moments_never_cost_a_checkpoint(tmp_path):
         if (tmp_path / PREVIOUS).exists():
             previous = number_of(checkpoint.load(tmp_path / PREVIOUS))
         assert latest >= done and previous in (None, latest - 1, latest)
-        sweep(tmp_path)
+        sweep(tmp_path, own=[LATEST, PREVIOUS])
         assert not list(tmp_path.glob("*.boostnet-tmp.*"))
         first = int(latest) + 1
     assert left_behind > 5, "the kills did not fall into the writing; they prove nothing"
@@ -104,7 +104,7 @@ def test_forty_kills_at_random_moments_never_cost_a_checkpoint(tmp_path):
 def test_only_half_written_files_are_swept(tmp_path):
     for name in ("model_latest.pth.boostnet-tmp.123", "results.json.boostnet-tmp.4", "model_latest.pth", "notes.tmp.12", "a.tmp"):
         (tmp_path / name).touch()
-    sweep(tmp_path)
+    sweep(tmp_path, own=["model_latest.pth", "results.json"])
     assert {file.name for file in tmp_path.iterdir()} == {"model_latest.pth", "notes.tmp.12", "a.tmp"}
 
 

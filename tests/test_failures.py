@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 import signal
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,9 @@ import eval_cifar100
 import train_cifar100
 from models import BoostedNet
 from utils.core import lock
-from utils.core.errors import FAILURE
+from utils.core.errors import FAILURE, STOPPED
+from utils.evaluation import modes
+from utils.methods import Method
 from utils.runs import checkpoint
 from utils.runs.result_files import RESULTS
 from utils.training.engine import EpochFigures, TrainingDiverged
@@ -163,9 +167,51 @@ def test_a_run_without_a_good_checkpoint_is_not_started_over(images, run, capsys
 
 
 def test_half_written_files_are_swept_when_a_run_starts(images, tmp_path):
-    (tmp_path / "model_latest.pth.boostnet-tmp.12345").touch()
+    """All that is the run's own, and what an evaluation left long ago; one that writes beside it is not disturbed."""
+    for name in ("model_latest.pth", "results.json", "dynamic.json", "anytime.json"):
+        (tmp_path / f"{name}.boostnet-tmp.12345").touch()
+    os.utime(tmp_path / "anytime.json.boostnet-tmp.12345", (time.time() - 4000,) * 2)
     assert train_cifar100.main(command(images, tmp_path, "--epochs", "1")) == 0
-    assert not list(tmp_path.glob("*.boostnet-tmp.*"))
+    assert [path.name for path in tmp_path.glob("*.boostnet-tmp.*")] == ["dynamic.json.boostnet-tmp.12345"]
+
+
+def test_a_signal_after_steps_that_were_all_left_out_saves_like_any_other(images, finished, run, monkeypatch):
+    """Batches whose images cannot be read, say: nothing has diverged."""
+    step, skip = Method.step, EpochFigures.skip
+
+    def skip_and_signal(self):
+        skip(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Method, "step", lambda *_: None)
+        patch.setattr(EpochFigures, "skip", skip_and_signal)
+        assert train_cifar100.main(command(images, run, "--resume")) == STOPPED
+    saved = checkpoint.load(run / checkpoint.LATEST)
+    assert (saved["epoch"], saved["training"]["figures"]["steps"], saved["training"]["figures"]["samples"]) == (1, 1, [0])
+    assert step is Method.step and train_cifar100.main(command(images, run, "--resume")) == 0
+
+
+def test_an_epoch_without_an_image_ends_training_with_one_line(images, run, monkeypatch, capsys):
+    before = saved_files(run)
+    monkeypatch.setattr(Method, "step", lambda *_: None)
+    message = one_line_error(capsys, lambda: train_cifar100.main(command(images, run, "--resume")))
+    assert "epoch 2 had no image to train on" in message and saved_files(run) == before
+
+
+def test_a_result_folder_that_cannot_be_written_is_named_before_the_evaluation(images, finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(modes, "predict", lambda *_: pytest.fail("evaluated first"))
+    line = ["--data-root", str(images), "--evaluate-from", str(finished / checkpoint.BEST), "--device", "cpu"]
+    message = one_line_error(capsys, lambda: eval_cifar100.main([*line, "--result_dir", str(tmp_path / "file/here")]))
+    assert f"--result_dir {tmp_path}/file/here cannot be written: Not a directory" in message
+
+    def refuse(**_):   # root may write anywhere but in a read-only file system
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    message = one_line_error(capsys, lambda: eval_cifar100.main([*line, "--result_dir", str(tmp_path)]))
+    assert f"--result_dir {tmp_path} cannot be written: Read-only file system" in message
 
 
 # A user's mistakes, from end to end.

@@ -56,7 +56,8 @@ def outcome(folder: Path) -> dict[str, Any]:
     """All that a run has left behind that an equal run leaves as well."""
     latest, best = (checkpoint.load(folder / name) for name in (checkpoint.LATEST, checkpoint.BEST))
     results = json.loads((folder / RESULTS).read_text())
-    del latest["training"]["config"]   # has the folder in it
+    for name in ("config", "job"):   # with the folder in it, and torchrun's name
+        del latest["training"][name]
     return {"latest": latest, "best": best, "results": {name: results[name] for name in ("epochs", "best", "split_hash")},
             "test": {name: results["test"][name] for name in ("top1", "top5")} if "test" in results else None}
 

@@ -180,6 +180,16 @@ def _collective_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
+def was_restarted() -> bool:
+    """Whether torchrun has started the processes of this job before."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def job() -> str | None:
+    """What torchrun calls this job, through all its restarts; None without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
 def local_rank() -> int:
     """Index of this process on its machine, from torchrun's environment."""
     return int(os.environ.get("LOCAL_RANK", 0))

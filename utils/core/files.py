@@ -4,7 +4,9 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from collections.abc import Iterator, Mapping
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +16,9 @@ from utils.core.errors import UserError
 
 # In the name of a file that is not complete yet, in front of the number of the process that writes it.
 TEMPORARY = ".boostnet-tmp."
+
+# Seconds without a byte after which a file that is not complete has lost its writer.
+LEFT_OVER_S = 3600
 
 
 @contextmanager
@@ -59,11 +64,32 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed processes left half-written in `folder`."""
+def sweep(folder: Path, own: Collection[str] = ()) -> None:
+    """Remove what killed processes left half-written in `folder`.
+
+    Args:
+        own: names of files that nobody else writes now. Of others, such as an evaluation beside a run, only what has not been
+            written to for an hour is taken for left over.
+    """
     for temporary in folder.glob(f"*{TEMPORARY}*"):
-        if temporary.suffix[1:].isdigit():
-            temporary.unlink(missing_ok=True)
+        name, _, writer = temporary.name.rpartition(TEMPORARY)
+        with suppress(FileNotFoundError):   # complete by now
+            if writer.isdigit() and (name in own or time.time() - temporary.stat().st_mtime > LEFT_OVER_S):
+                temporary.unlink()
+
+
+def require_writable(folder: Path, flag: str) -> None:
+    """Make a folder and try whether files can be made in it.
+
+    Raises:
+        UserError: naming the flag to change, when not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written: {error.strerror}") from error
 
 
 def write_json(path: Path, content: Any) -> None:

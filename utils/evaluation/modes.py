@@ -17,7 +17,7 @@ from op_counter import measure_model
 from utils import __version__
 from utils.core import distributed
 from utils.core.errors import UserError
-from utils.core.files import atomic_write, write_json
+from utils.core.files import atomic_write, require_writable, write_json
 from utils.core.log import say
 from utils.core.tables import format_table, millions
 from utils.evaluation.confidence import POLICIES, read_exits
@@ -44,7 +44,7 @@ def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torc
     source = Path(args.evaluate_from).parent
     folder = Path(args.publish or args.result_dir or source)
     if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
+        require_writable(folder, "--publish" if args.publish else "--result_dir")
     # A released checkpoint says nothing about itself.
     about = header(identify(args) | saved, folder, model, data, **reading)
     if args.publish:

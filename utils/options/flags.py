@@ -20,10 +20,10 @@ NETWORK = ("arch", "nBlocks", "base", "step", "stepmode", "nChannels", "growthRa
 # What a resumed run may be told anew: where it runs, what it shows, how it meets trouble, and what only evaluation reads. All
 # other flags make the model, the data or the schedule; --epochs has a rule of its own.
 FREE_ON_RESUME = frozenset((
-    "result_dir", "tensorboard_dir", "data_root", "resume", "checkpoint", "start_epoch", "workers", "val_workers", "device",
-    "gpu", "threads", "deterministic", "print_freq", "skip_unreadable", "distributed", "dist_backend", "local_rank",
-    "bnAfter", "evaluate_from", "evalmode", "ensemble", "policy", "budget", "cost", "images", "sweep", "flat_curve", "publish",
-    "save_suffix",
+    "result_dir", "tensorboard_dir", "data_root", "resume", "checkpoint", "start_epoch", "workers", "val_workers",
+    "device", "gpu", "threads", "deterministic", "print_freq", "save_every_minutes", "skip_unreadable",
+    "distributed", "dist_backend", "local_rank", "bnAfter", "evaluate_from", "evalmode", "ensemble", "policy",
+    "budget", "cost", "images", "sweep", "flat_curve", "publish", "save_suffix",
 ))
 
 # What may differ between the processes of one run: what is different on another machine. The files behind the paths are compared.
@@ -212,6 +212,9 @@ def _training_flags(parser: argparse.ArgumentParser) -> None:
         help="epochs after which the learning rate drops (default: %(default)s)")
     add("--decay-rate", type=number, default=0.1, metavar="X",
         help="factor of each drop (default: %(default)s)")
+    add("--save_every_minutes", type=number, metavar="M",
+        help="save in the middle of an epoch too, when M minutes have passed since the last save (looked at every --print-freq "
+             "steps; default: at the end of an epoch)")
     add("--momentum", type=number, default=0.9, metavar="X", help="of sgd and rmsprop (default: %(default)s)")
     add("--weight-decay", "--wd", type=list_of(number, ",", "1e-4,5e-4"), default="1e-4", metavar="X[,X]",
         help="two values: from the first to the last of MSDNet's blocks (default: %(default)s)")

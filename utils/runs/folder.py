@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from utils.core.lock import locked
 from utils.core.log import close_log, open_log
 from utils.core.machine import versions
 from utils.data.split import Split
-from utils.runs.checkpoint import BEST, LATEST, PREVIOUS, TEST_BEST, load, load_latest
+from utils.runs.checkpoint import BEST, LATEST, NAMES, PREVIOUS, TEST_BEST, load_latest
 from utils.runs.result_files import RESULTS
 
 SPLIT = "split.pth"
@@ -73,7 +74,7 @@ def claim(folder: str) -> Iterator[None]:
             try:
                 path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(path))
-                sweep(path)
+                sweep(path, own=(*NAMES, RESULTS, SPLIT))
                 open_log(path / "train.log")
             except OSError as error:
                 raise UserError(f"--result_dir {path} cannot be written: {error.strerror}") from error
@@ -84,29 +85,29 @@ def claim(folder: str) -> Iterator[None]:
 def find_run(folder: str, resume: bool) -> dict[str, Any] | None:
     """The checkpoint to go on from in `folder`; None where a new run starts.
 
+    A run whose processes torchrun has started again (--max-restarts) goes on by itself.
+
     Raises:
         UserError: when the folder holds a run already and `resume` is off, or no good checkpoint of it and it is on.
     """
     path = Path(folder)
-    if resume:
-        saved = load_latest(path)
-        if saved is None and (kept := _what_is_left(path)):
-            raise UserError(f"{path} holds {kept} of a run, but no checkpoint that it could be resumed from; name another "
-                            "--result_dir")
+    again = distributed.any_rank(distributed.was_restarted())
+    saved = load_latest(path) if resume or again else None
+    if saved and (resume or saved["training"].get("job") == distributed.job()):
         return saved
     # A hold-out split alone is of a run that ended before it saved anything; the same flags draw it again.
-    if any((path / name).exists() for name in (LATEST, PREVIOUS, BEST, TEST_BEST, RESULTS)):
+    if distributed.is_main() and (left := _results_in(path)):
+        if resume:
+            raise UserError(f"{path} holds {left[0]} of a run, but no checkpoint that it could be resumed from; name another "
+                            "--result_dir")
         raise UserError(f"{path} already holds a run; pass --resume to continue it, or another --result_dir")
     return None
 
 
-def _what_is_left(folder: Path) -> str | None:
-    """Name of a result in `folder` that training there would overwrite; None where nothing is lost."""
-    if (folder / RESULTS).exists():
-        return RESULTS
-    # The best weights are saved in front of the latest: killed between the two, the first epoch leaves them alone there.
-    later = (name for name in (BEST, TEST_BEST) if (folder / name).exists() and load(folder / name).get("epoch") != 1)
-    return next(later, None)
+def _results_in(folder: Path) -> list[str]:
+    """Names of what a run has left in `folder`. A file system that fails is an error here, and no empty folder."""
+    names = set(os.listdir(folder))
+    return [name for name in (RESULTS, LATEST, PREVIOUS, BEST, TEST_BEST) if name in names]
 
 
 def epochs_begun(saved: dict[str, Any]) -> int:

@@ -30,16 +30,18 @@ class Trainer:
         description: what a checkpoint says about the network besides its weights.
         epochs, start_epoch: train epochs start_epoch ... epochs - 1.
         print_freq: steps between looks at the loss; nothing else in an epoch waits for the device.
+        save_every_minutes: save in the middle of an epoch when this long has passed since the last save.
         paper_protocol: read the test set after every epoch and keep the weights it likes best as well, as the released code does.
         teacher_hash: of the weights of another network that the method learns from.
     """
 
     def __init__(self, method: Method, data, run: Run, *, schedule: Schedule, description: dict[str, Any], epochs: int,
-                 start_epoch: int = 0, print_freq: int = 10, paper_protocol: bool = False,
-                 teacher_hash: str | None = None) -> None:
+                 start_epoch: int = 0, print_freq: int = 10, save_every_minutes: float | None = None,
+                 paper_protocol: bool = False, teacher_hash: str | None = None) -> None:
         self.method, self.data, self.run, self.description = method, data, run, description
         self.model, self.optimizer, self.schedule = method.model, method.optimizer, schedule
         self.epochs, self.epoch, self.print_freq = epochs, start_epoch, print_freq
+        self.save_every_minutes, self.last_save = save_every_minutes, time.monotonic()
         self.device = next(self.model.parameters()).device
         self.paper_protocol, self.teacher_hash = paper_protocol, teacher_hash
         hold_out = "augmented hold-out" if paper_protocol else "hold-out"
@@ -91,7 +93,8 @@ class Trainer:
 
     def test(self) -> None:
         """Accuracy of the last epoch's network on the test set, which nothing but --paper_protocol has looked at before."""
-        if finished(self.run.folder, self.epoch):
+        # The first process decides for all, which may not see the same files.
+        if distributed.any_rank(distributed.is_main() and finished(self.run.folder, self.epoch)):
             return
         about = header({**self.content(), "epoch_kind": "last epoch"}, self.run.folder, self.model, self.data)
         self.run.results["test"] = evaluate_anytime(self.model, self.data, self.run.folder, about=about)
@@ -118,8 +121,34 @@ class Trainer:
             self._note_results()   # the run may have been killed before it wrote them
         except Exception as error:   # whatever a state raises that is another method's, or another optimiser's
             raise UserError(f"{source} cannot be resumed: {type(error).__name__} {error}") from error
+        self._settle_best(source)
         if distributed.is_main():
             self.run.log.info("resuming at %s", self._place())
+
+    def _settle_best(self, source: str) -> None:
+        """Make the files of the best epochs those of this history, which a kill between the saves of an epoch may have prevented.
+
+        Where the best file is of an epoch that was lost with the latest checkpoint, or is gone, the best is chosen anew.
+        """
+        if not distributed.is_main():
+            return
+        content = self.content()
+        for name in self._chosen_files():
+            if self._saved_epoch(name, content["state_dict"]) != self.epoch:
+                self._save_chosen(name, content)
+        if self.best["epoch"] and self._saved_epoch(checkpoint.BEST) != self.best["epoch"]:
+            self.run.log.warning("%s has no %s of epoch %d: the best epoch is chosen from the next one on", source,
+                                 checkpoint.BEST, self.best["epoch"])
+            self.best |= {"epoch": 0, "top1": -1.0}
+
+    def _saved_epoch(self, name: str, weights: dict[str, Any] | None = None) -> int | None:
+        """Epoch of a checkpoint of this run; None where it cannot be read, or has other weights than these."""
+        try:
+            saved = checkpoint.load(self.run.folder / name)
+        except (FileNotFoundError, UserError):
+            return None
+        same = weights is None or checkpoint.hash_weights(saved["state_dict"]) == checkpoint.hash_weights(weights)
+        return saved.get("epoch") if same else None
 
     def _origin(self) -> dict[str, Any]:
         """What makes the batches of an epoch besides the flags: with another value there is no going on."""
@@ -138,13 +167,23 @@ class Trainer:
         """The steps of an epoch that are still to do; False when a signal came before its end."""
         lr, figures = self._set_learning_rate(), self.figures
         batches = self.data.train(self.epoch, first_batch=figures.steps)
-        started = time.perf_counter()
+        counted = time.perf_counter()
+
+        def count_seconds() -> None:
+            nonlocal counted
+            now = time.perf_counter()
+            figures.seconds, counted = figures.seconds + now - counted, now
+
         with tqdm(total=figures.steps + len(batches), initial=figures.steps, desc=f"epoch {self.epoch + 1}/{self.epochs}",
                   unit="step", leave=False, disable=None if distributed.is_main() else True) as progress:
             def after_step(step: int) -> bool:
                 progress.update()
                 if step % self.print_freq == 0:
                     figures.check(self.epoch, lr)
+                    if self._save_is_due():
+                        count_seconds()
+                        self._require_finite()
+                        self._save()
                     if not progress.disable:
                         loss = figures.sums[0].sum() / max(figures.samples, 1)
                         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
@@ -154,20 +193,28 @@ class Trainer:
             try:
                 complete = train_epoch(self.method, batches, figures, after_step=after_step)
             finally:
-                figures.seconds += time.perf_counter() - started
+                count_seconds()
         self._require_finite()
+        if complete and not distributed.any_rank(figures.samples > 0):
+            raise UserError(f"epoch {self.epoch + 1} had no image to train on: not one could be read")
         return complete
+
+    def _save_is_due(self) -> bool:
+        if self.save_every_minutes is None:
+            return False
+        due = time.monotonic() - self.last_save >= 60 * self.save_every_minutes
+        return distributed.any_rank(distributed.is_main() and due)   # by one clock: all have to come to the save
 
     def _require_finite(self) -> None:
         """Raise TrainingDiverged when a loss of this epoch or a weight is not finite.
 
         The last update may have spoilt the weights without any loss having shown it.
         """
-        lr, figures = self.optimizer.param_groups[0]["lr"], self.figures
-        figures.check(self.epoch, lr)
-        if figures.steps and not figures.samples or not all_finite(self.model.state_dict().values()):
-            raise TrainingDiverged(f"{'the weights became' if figures.samples else 'every loss was'} NaN or infinite by "
-                                   f"{self._place()} (learning rate {lr:g}); try a lower --lr_f, or look at the data")
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.figures.check(self.epoch, lr)
+        if not all_finite(self.model.state_dict().values()):
+            raise TrainingDiverged(f"the weights became NaN or infinite by {self._place()} (learning rate {lr:g}); try a lower "
+                                   "--lr_f, or look at the data")
 
     def _finish_epoch(self) -> None:
         """Validate, write down and save an epoch whose steps are done."""
@@ -188,7 +235,7 @@ class Trainer:
         if is_best:
             self.best |= {"epoch": self.epoch, "top1": entry["train_top1"][-1] if score is None else score}
         self._log(entry)
-        self._save(is_best, is_test_best=self.paper_protocol and best_on_test(self.history) is entry)
+        self._save()
         self._note_results()
         self.run.save_results()
         self._write_scalars(entry)   # last: what goes wrong there costs no epoch
@@ -199,17 +246,28 @@ class Trainer:
             chosen = best_on_test(self.history)
             self.run.results["best_on_test"] = {"epoch": chosen["epoch"], "top1": chosen["test_top1"], "chosen_on": "test set"}
 
-    def _save(self, is_best: bool = False, is_test_best: bool = False) -> None:
+    def _save(self) -> None:
+        """Write the latest checkpoint and, at the end of an epoch that is the best so far, the file of the best."""
         figures = self.figures.state_dict()   # of all processes, so that all of them have to come here
+        self.last_save = time.monotonic()
         if not distributed.is_main():
             return
         content = self.content()
-        # The best one first: killed between the two, the run repeats this epoch and writes both again.
-        if is_best:
-            checkpoint.save(self.run.folder / checkpoint.BEST, content)
-        if is_test_best:
-            checkpoint.save(self.run.folder / checkpoint.TEST_BEST, {**content, "epoch_kind": "best on test set"})
+        # The latest one first: it has all that is in the others, which a run that was killed in between writes when it resumes.
         checkpoint.save_latest(self.run.folder, {**content, "training": self._training_state(figures)})
+        for name in self._chosen_files():
+            self._save_chosen(name, content)
+
+    def _chosen_files(self) -> list[str]:
+        """Names of the checkpoints that hold the epoch just done, because it is the best so far."""
+        chosen = {checkpoint.BEST: self.best["epoch"]}
+        if self.paper_protocol and self.history:
+            chosen[checkpoint.TEST_BEST] = best_on_test(self.history)["epoch"]
+        return [name for name, epoch in chosen.items() if epoch == self.epoch and not self.figures.steps]
+
+    def _save_chosen(self, name: str, content: dict[str, Any]) -> None:
+        kind = {"epoch_kind": "best on test set"} if name == checkpoint.TEST_BEST else {}
+        checkpoint.save(self.run.folder / name, {**content, **kind})
 
     def content(self) -> dict[str, Any]:
         """What a checkpoint for evaluation holds."""
@@ -223,7 +281,7 @@ class Trainer:
     def _training_state(self, figures: dict[str, Any]) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "objective": self.method.state_dict(), "figures": figures,
                 "best": self.best, "history": self.history, "rng": rng_state(), "config": self.run.results["config"],
-                **self._origin()}
+                "job": distributed.job(), **self._origin()}
 
     def _log(self, entry: dict[str, Any]) -> None:
         eta = (self.epochs - self.epoch) * entry["seconds"]
