@@ -89,8 +89,10 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     cuda = device.type == "cuda"
     if cuda:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    # The graph is the same in every step; said so, layers that no exit reads (in networks of some depths) do no harm.
-    return DistributedDataParallel(model, device_ids=[device.index] if cuda else None, static_graph=True)
+    # Layers that no exit reads (in networks of some depths) do no harm when they are looked for. Told instead that the graph
+    # never changes, DDP would sort gradients into other buckets after its first step. A sum of three or more is rounded by its
+    # place in the bucket, and so a resumed run would not have the bits of one that never stopped.
+    return DistributedDataParallel(model, device_ids=[device.index] if cuda else None, find_unused_parameters=True)
 
 
 def world_size() -> int:
