@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from utils.core.errors import UserError
 from utils.data import cifar
@@ -37,7 +38,8 @@ logger = logging.getLogger("boostnet")
 
 def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, batch_size: int = 64,
                eval_batch_size: int = 256, device: str | torch.device = "cpu", seed: int = 0, use_valid: bool = False,
-               valid_size: int | None = None, split: Split | None = None, augment_valid: bool = False, workers: int = 4,
+               valid_size: int | None = None, split: Split | None = None, order: Tensor | None = None,
+               augment_valid: bool = False, workers: int = 4,
                val_workers: int = 1, decoder: str = "pillow", skip_unreadable: bool = False, rank: int = 0, world: int = 1,
                quiet: bool = False) -> Data:
     """Open a data set.
@@ -49,6 +51,7 @@ def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, bat
         batch_size: training images per process and step.
         use_valid: hold training images out; `valid_size` of them, drawn by `seed` unless `split` says which.
         split: a saved hold-out split to use again; implies `use_valid`.
+        order: numbers of all training images in torchvision's order, the last `valid_size` of which are held out.
         augment_valid: read the hold-out with training augmentation, as the released code does.
         workers, val_workers: decoding processes for training and evaluation; images on the device need none.
         decoder: what decodes large images, one of `utils.data.decoders.DECODERS`.
@@ -88,12 +91,23 @@ def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, bat
                             f"{num_classes} classes, 0 to {num_classes - 1}")
     if split is not None:
         split.check(train_set.labels)
+    elif order is not None:
+        split = _split_of_order(order, train_set.labels, dataset, data_root, valid_size or DATASETS[dataset].valid_size)
     elif use_valid:
         size = valid_size or DATASETS[dataset].valid_size or len(train_set.labels) // 10
         split = Split.draw(train_set.labels, size, seed)
     return Data(train_set, valid_set, test_set, class_names=class_names, num_classes=num_classes, image_size=image_size,
                 split=split, batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, rank=rank, world=world,
                 augment_valid=augment_valid)
+
+
+def _split_of_order(order: Tensor, labels: Tensor, dataset: str, data_root: Path, valid_size: int | None) -> Split:
+    if dataset in cifar.ARCHIVES and not cifar.archive_folder(data_root, dataset).is_dir():
+        raise UserError(f"index.pth numbers the images as in the python archive of {dataset}; in the class folders of "
+                        f"{data_root} the same numbers mean other images")
+    if valid_size is None:
+        raise UserError("index.pth does not say how many of its images are held out, the last ones; pass --valid_size")
+    return Split.from_permutation(labels, order, valid_size)
 
 
 def _read_small_images(dataset: str, data_root: Path, quiet: bool, may_download: bool) -> dict[str, Any]:

@@ -5,27 +5,31 @@
 """
 import sys
 
-from args import parse_args, require
+from args import choose_network, parse_args, require_effect
 from dataloader import Data, build_data
 from utils.core.errors import user_errors
+from utils.core.log import note
 from utils.core.machine import choose_device
 from utils.evaluation.classify import classify_files
 from utils.evaluation.modes import evaluate
 from utils.runs import checkpoint
-from utils.runs.restore import take_over
+from utils.runs.restore import hold_out, take_over
 
 
 @user_errors()
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    require(args, "evaluate_from")
-    saved = checkpoint.load(args.evaluate_from)
+    args = parse_args(argv, task="evaluation")
+    saved = checkpoint.load(args.evaluate_from, args.checkpoint_key)
     split = take_over(args, saved)   # what was trained decides what is evaluated
+    if "architecture" not in saved:
+        note(choose_network(args))
+    require_effect(args)
+    held_out = hold_out(args, saved, split)
     device = choose_device(args.device, args.gpu, args.threads)
 
     def open_data() -> Data:
         return build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size,
-                          eval_batch_size=args.batch_size, device=device, seed=args.seed, split=split,
+                          eval_batch_size=args.batch_size, device=device, seed=args.seed, **held_out,
                           augment_valid=args.paper_protocol, val_workers=args.val_workers, decoder=args.decoder,
                           skip_unreadable=args.skip_unreadable)
 

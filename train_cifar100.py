@@ -10,18 +10,20 @@ from argparse import Namespace
 
 import torch
 
-from args import forbid, parse_args, require, require_unchanged
+from args import choose_network, parse_args, require_unchanged
 from dataloader import build_data
 from utils.core.distributed import rank, world_size, wrap
 from utils.core.errors import STOPPED, user_errors
+from utils.core.log import note
 from utils.core.machine import choose_device
 from utils.core.rng import make_deterministic, seed_all
 from utils.core.signals import StopSignals
 from utils.evaluation.fast_form import load_teacher
-from utils.methods import build_method, build_model, require_one_process
+from utils.methods import build_method, require_one_process
+from utils.options.network import NetworkSpec
 from utils.runs.checkpoint import hash_weights
 from utils.runs.folder import claim, epochs_begun, find_run, start_run, stored_split
-from utils.runs.restore import describe
+from utils.runs.restore import build_model, describe
 from utils.training.fast_forward import training_forward
 from utils.training.optim import Schedule, build_optimizer
 from utils.training.start import load_start, require_same_flags, require_same_start
@@ -30,7 +32,7 @@ from utils.training.trainer import Trainer
 
 @user_errors()
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = parse_args(argv, task="training")
     device = choose_device(args.device, args.gpu, args.threads)
     with StopSignals(begun=False) as signals:
         return train(args, device, signals)
@@ -38,11 +40,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(args: Namespace, device: torch.device, signals: StopSignals) -> int:
     """A whole run, or what is left of it, of this process or of all that `process_group` has joined; returns the exit code."""
-    require(args, "result_dir")
-    forbid(args, "evaluate_from", "evalmode", "ensemble", "policy", "budget", "sweep", "flat_curve", "publish", "images", "cost")
     require_one_process(args)
     with claim(args.result_dir):
         saved = find_run(args.result_dir, args.resume)
+        note(choose_network(args, saved and saved["training"]["config"]))
         if saved:
             require_unchanged(args, saved["training"]["config"], epochs_begun=epochs_begun(saved))
         require_same_flags(args)
@@ -57,7 +58,8 @@ def train(args: Namespace, device: torch.device, signals: StopSignals) -> int:
         seed_all(args.seed)
         if args.deterministic:
             make_deterministic()
-        model = build_model(args).to(device)
+        spec = NetworkSpec.from_args(args)
+        model = build_model(spec).to(device)
         if not saved:
             load_start(args, model, data)
         teacher = load_teacher(args.teacher, data).to(device) if args.teacher else None
@@ -73,7 +75,8 @@ def train(args: Namespace, device: torch.device, signals: StopSignals) -> int:
         method = build_method(args, model, optimizer, network=network, teacher=teacher)
 
         run = start_run(args, data, device, saved)
-        trainer = Trainer(method, data, run, schedule=schedule, description=describe(args, model, data), epochs=args.epochs,
+        description = describe(spec, model, data, dataset=args.dataset, seed=args.seed)
+        trainer = Trainer(method, data, run, schedule=schedule, description=description, epochs=args.epochs,
                           start_epoch=args.start_epoch, print_freq=args.print_freq,
                           save_every_minutes=args.save_every_minutes, paper_protocol=args.paper_protocol,
                           teacher_hash=teacher_hash)

@@ -20,7 +20,7 @@ from utils.core.signals import StopSignals
 
 @user_errors()
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv, datasets=("imagenet", "folder"))
+    args = parse_args(argv, datasets=("imagenet", "folder"), task="training")
     device = choose_device(args.device, args.gpu, args.threads)
     with StopSignals(begun=False) as signals, process_group(device, args.dist_backend):
         return train(args, device, signals)

@@ -1,11 +1,12 @@
-"""Early-exit backbones and the boosted head. `build_backbone` alone reads the argument namespace."""
+"""Early-exit backbones and the boosted head. `build_backbone` alone knows flags; networks take keywords."""
 from __future__ import annotations
 
-import argparse
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from models.boosted_head import BoostedNet, expand_temperatures
 from models.collaboration import CollaborativeNet
@@ -13,24 +14,53 @@ from models.ensembles import AveragedNet, read_as
 from models.msdnet import MSDNet
 from models.ranet import RANet
 
-__all__ = ["AveragedNet", "BoostedNet", "CollaborativeNet", "MSDNet", "RANet", "build_backbone", "expand_temperatures", "read_as",
-           "select"]
+__all__ = ["AveragedNet", "BoostedNet", "CollaborativeNet", "MSDNet", "RANet", "build_backbone", "build_shapes",
+           "expand_temperatures", "read_as", "select"]
 
 
-def build_backbone(args: argparse.Namespace) -> nn.Module:
-    """Backbone of the parsed flags; their names are the released command line's, the networks take keywords.
+# Keyword of a network -> its flag.
+FLAGS = {
+    "n_blocks": "--nBlocks", "n_channels": "--nChannels", "step": "--step", "step_mode": "--stepmode",
+    "growth_rate": "--growthRate", "gr_factor": "--grFactor", "bn_factor": "--bnFactor", "reduction": "--reduction",
+    "bottleneck": "--bottleneck", "image_size": "--image_size", "base": "--base", "prune": "--prune",
+    "block_step": "--block-step", "scale_list": "--scale-list", "compress_factor": "--compress-factor",
+}
+MSDNET_ONLY, RANET_ONLY = {"base", "prune"}, {"block_step", "scale_list", "compress_factor"}
+
+
+def build_backbone(args: Any) -> nn.Module:
+    """Backbone of the parsed flags, or of a `NetworkSpec`; their names are the released command line's.
 
     Raises:
-        ValueError: when the flags do not describe a network.
+        ValueError: naming the flags, when they do not describe a network.
     """
-    shared: dict[str, Any] = dict(
-        n_blocks=args.nBlocks, n_channels=args.nChannels, step=args.step, step_mode=args.stepmode,
-        growth_rate=args.growthRate, gr_factor=args.grFactor, bn_factor=args.bnFactor, reduction=args.reduction,
-        bottleneck=args.bottleneck, num_classes=args.num_classes, image_size=args.image_size,
-        rescale_gradients=args.arch.endswith("_ge"))
-    if args.arch.startswith("msdnet"):
-        return MSDNet(base=args.base, prune=args.prune, **shared)
-    return RANet(block_step=args.block_step, scale_list=args.scale_list, compress_factor=args.compress_factor, **shared)
+    network, others = (MSDNet, RANET_ONLY) if args.arch.startswith("msdnet") else (RANet, MSDNET_ONLY)
+    keywords = {name: getattr(args, flag.lstrip("-").replace("-", "_")) for name, flag in FLAGS.items() if name not in others}
+    try:
+        return network(**keywords, num_classes=args.num_classes, rescale_gradients=args.arch.endswith("_ge"))
+    except ValueError as error:   # it names keywords
+        raise ValueError(re.sub(r"\b\w+\b", lambda word: FLAGS.get(word[0], word[0]), str(error))) from error
+
+
+def build_shapes(args: Any) -> nn.Module:
+    """`build_backbone` on the meta device: shapes without storage, in a fraction of the time.
+
+    Raises:
+        ValueError: as `build_backbone`.
+    """
+    with torch.device("meta"), _NoInitialisation():
+        return build_backbone(args)
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves out writing to tensors in place, for those that have no storage."""
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        keywords, name = keywords or {}, getattr(function, "__name__", "")
+        tensor = arguments[0] if arguments else keywords.get("tensor")   # torch.nn.init hands it on by name
+        if name.endswith("_") and not name.endswith("__") and isinstance(tensor, Tensor) and tensor.is_meta:
+            return tensor
+        return function(*arguments, **keywords)
 
 
 def select(state: Any, index: Tensor) -> Any:

@@ -117,15 +117,18 @@ class MSDNet(nn.Module):
         check_choice("prune", prune, ("max", "min"))
         n_scales = len(gr_factor)
         if len(bn_factor) != n_scales:
-            raise ValueError(f"grFactor has {n_scales} values, bnFactor {len(bn_factor)}; give one of each per scale")
+            raise ValueError(f"gr_factor has {n_scales} values, bn_factor {len(bn_factor)}; give one of each per scale")
         odd = [growth_rate * f for f in gr_factor[1:] if growth_rate * f % 2]
         if odd:
-            raise ValueError(f"growthRate {growth_rate} with grFactor {gr_factor} gives the odd width {odd[0]}; "
+            raise ValueError(f"growth_rate {growth_rate} with gr_factor {gr_factor} gives the odd width {odd[0]}; "
                              "all but the finest scale split their growth in two equal halves")
         self._check_map_size(n_scales, image_size)
         self.rescale_gradients = rescale_gradients
         n_layers = [base, *(step if step_mode == "even" else step * i + 1 for i in range(1, n_blocks))]
         total = sum(n_layers)
+        if prune == "min" and total < n_scales - 1:
+            raise ValueError(f"prune min needs at least {n_scales - 1} layers for {n_scales} scales; n_blocks, base and step "
+                             f"make {total}")
 
         stem = Stem([n_channels * f for f in gr_factor], [2] * (n_scales - 1), image_size)
         self.blocks, self.classifier = nn.ModuleList(), nn.ModuleList()
@@ -153,7 +156,8 @@ class MSDNet(nn.Module):
         side = finest // 2 ** (n_scales - 1)
         if side != needed:
             raise ValueError(f"{n_scales} scales end in a {side}x{side} map; classifiers for {image_size}-pixel images read "
-                             f"{needed}x{needed}, which takes {1 + (finest // needed).bit_length() - 1} scales")
+                             f"{needed}x{needed}, which takes {1 + (finest // needed).bit_length() - 1} scales, each with an "
+                             "entry of gr_factor and bn_factor")
 
     @property
     def n_exits(self) -> int:

@@ -77,7 +77,7 @@ class Block(nn.Module):
             if fuses:
                 fused = math.floor(growth * compress_factor)
                 if not 0 < fused < growth:
-                    raise ValueError(f"compress-factor {compress_factor} gives {fused} of {growth} channels to fusion; "
+                    raise ValueError(f"compress_factor {compress_factor} gives {fused} of {growth} channels to fusion; "
                                      "both parts need at least one")
                 self.layers.append(FusionLayer(
                     self.list_widths[i], growth, coarser_widths[i], fused, bn_factor=bn_factor,
@@ -156,7 +156,7 @@ class RANet(nn.Module):
         check_choice("step_mode", step_mode, ("even", "lin_grow"))
         n_subnets = len(scale_list)
         if not len(gr_factor) == len(bn_factor) == n_subnets:
-            raise ValueError(f"scale-list has {n_subnets} values, grFactor {len(gr_factor)}, bnFactor {len(bn_factor)}; "
+            raise ValueError(f"scale_list has {n_subnets} values, gr_factor {len(gr_factor)}, bn_factor {len(bn_factor)}; "
                              "give one of each per sub-network")
         self.rescale_gradients = rescale_gradients
         blocks_of = [n_blocks + block_step * s for s in range(n_subnets)]
@@ -198,7 +198,7 @@ class RANet(nn.Module):
             downs = sum(1 <= i <= n_fusion for i in _down_sampling_blocks(s, scale_list[s], blocks_of))
             if side / 2 ** downs != needed:
                 found = f"{side / 2 ** downs:g}x{side / 2 ** downs:g}"
-                raise ValueError(f"scale-list {'-'.join(map(str, scale_list))} leads sub-network {s + 1} to a {found} map; "
+                raise ValueError(f"scale_list {'-'.join(map(str, scale_list))} leads sub-network {s + 1} to a {found} map; "
                                  f"classifiers for {image_size}-pixel images read {needed}x{needed}")
             if s and scale_list[s] != scale_list[s - 1]:
                 side //= 2

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,32 +17,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import args as cli
-from args import build_parser, forbid, parse_args, require
-from utils import methods
+import eval_cifar100
+import train_cifar100
+from args import build_parser, choose_network, parse_args, require_effect
 from utils.core.errors import UserError
 from utils.data import decoders
-from utils.methods import build_model
-from utils.options import catalog, flags
+from utils.methods import Method, method_class
+from utils.options import catalog
+from utils.options.effects import EFFECTS, EVALUATION, TRAINING, without_effect
+from utils.options.network import NETWORK, NetworkSpec
+from utils.runs.restore import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # People's scripts depend on these spellings: add to the list, take nothing away.
 FLAGS = """
 --amp --arch --base --batch-size --block-step --bnAfter --bnFactor --bottleneck --budget --channels_last --checkpoint
---compile --compress-factor --constraint_dimension --cost --cuda_graphs --data-root --dataset --decay-rate --decoder
+--checkpoint_key --compile --compress-factor --constraint_dimension --cost --cuda_graphs --data-root --dataset
+--decay-rate --decoder
 --deterministic --device --dist_backend --distill_T --distill_weight --distributed --ensemble --ensemble_reweight
 --epochs --epsilon --evalmode --evaluate-from --flat_curve --gpu --grFactor --groups --growthRate --help --image_size
 --images --include_final --learning-rate --local-rank --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones
 --meta_interval --meta_lr --meta_net_hidden_size --meta_net_input_type --meta_net_num_layers --meta_weight_decay
---method --momentum --nBlocks --nChannels --optimizer --overlap --paper_protocol --policy --print-freq
+--method --momentum --nBlocks --nChannels --new_classifier --optimizer --overlap --paper_protocol --policy --print-freq
 --prune --publish --reduction --result_dir --resume --save_every_minutes --save_suffix --scale-list --seed
 --skip_unreadable --start-epoch --step --stepmode --sweep --target_p_index --teacher --tensorboard_dir --threads
 --trainable_ensemble --use-valid --val_workers --valid_size --wd --weight-decay --workers -h -p
 """
 
 DEFAULTS = dict(
-    result_dir=None, tensorboard_dir=None, resume=False, checkpoint=None, seed=0, device="auto", gpu="0", threads=None,
-    deterministic=False, print_freq=10, save_every_minutes=None,
+    result_dir=None, tensorboard_dir=None, resume=False, checkpoint=None, checkpoint_key=None, new_classifier=False,
+    seed=0, device="auto", gpu="0", threads=None, deterministic=False, print_freq=10, save_every_minutes=None,
     dataset="cifar100", data_root="data", image_size=32, num_classes=100, use_valid=False,
     valid_size=5000, workers=4, val_workers=1, decoder="pillow", skip_unreadable=False,
     arch="msdnet_ge", nBlocks=1, base=4, step=1, stepmode="even", nChannels=32, growthRate=6,
@@ -87,6 +93,19 @@ MISTAKES = [
     ("--dataset mnist", "--dataset"),
     ("--stepmode odd", "--stepmode"),
     ("--optimizer adamw", "--optimizer"),
+    ("--optimizer adam --momentum 0.9", "--momentum"),
+    ("--lr-type cosine --decay-rate 0.1", "--decay-rate"),
+    ("--arch ranet --prune min", "--prune"),
+    ("--bottleneck false --bnFactor 1-2-4", "--bnFactor"),
+    ("--start-epoch 3", "--start-epoch"),
+    ("--checkpoint_key net", "--checkpoint_key"),
+    ("--new_classifier", "--new_classifier"),
+    ("--method imta --checkpoint a.pth --new_classifier", "--new_classifier"),
+    ("--method block_losses --overlap 1 --distill_T 2", "--distill_T"),
+    *((f"--evaluate-from a.pth {flag}", flag.split()[0]) for flag in (
+        "--amp bf16", "--compile", "--epochs 3", "--tensorboard_dir t", "--print-freq 3", "--deterministic", "--lr 1")),
+    ("--evaluate-from a.pth --method l2w --epsilon 0.1", "--epsilon"),
+    ("--evaluate-from a.pth --use-valid", "--use-valid"),
     ("--lr-type step", "--lr-type"),
     ("--device tpu", "--device"),
     ("--gpu zero", "--gpu"),
@@ -116,14 +135,15 @@ MISTAKES = [
     ("--bnFactor 1-2", "--bnFactor"),
     ("--grFactor 1-2 --bnFactor 1-2", "--grFactor"),
     ("--dataset imagenet --arch msdnet --nBlocks 5", "--grFactor"),
+    ("--arch ranet --dataset imagenet --nBlocks 2", "--scale-list"),
     ("--grFactor 1-1-1 --growthRate 5", "--grFactor"),
     ("--arch ranet --scale-list 1-2", "--scale-list"),
     ("--arch ranet --scale-list 2-2-3", "--scale-list"),
     ("--arch ranet --scale-list 1-3-2", "--scale-list"),
     ("--arch ranet --scale-list 1-2-2", "--scale-list"),
-    ("--arch ranet --dataset imagenet", "--scale-list"),
     ("--arch ranet --growthRate 1 --grFactor 4-2-1", "--compress-factor"),
     ("--prune min --base 1", "--nBlocks"),
+    ("--base 2 --step 2", "--step"),
     ("--nBlocks 1000000000", "--nBlocks"),
     ("--nBlocks 1000000000 --stepmode lin_grow", "--nBlocks"),
     ("--arch ranet --nBlocks 1000000000", "--nBlocks"),
@@ -169,7 +189,7 @@ MISTAKES = [
     ("--method imta --checkpoint a.pth --teacher a.pth", "--teacher"),
     ("--method imta --checkpoint a.pth --weight-decay 1e-4,2e-4", "--weight-decay"),
     # Training.
-    ("--epochs 10 --start-epoch 10", "--start-epoch"),
+    ("--checkpoint a.pth --epochs 10 --start-epoch 10", "--start-epoch"),
     ("--lr_milestones 9,6", "--lr_milestones"),
     ("--lr_milestones 6,6", "--lr_milestones"),
     ("--lr_milestones 6,", "--lr_milestones"),
@@ -285,7 +305,7 @@ def test_the_defaults_are_frozen():
 
 
 def test_the_decoders_of_the_command_line_are_those_there_are():
-    assert tuple(decoders.DECODERS) == flags.DECODERS
+    assert tuple(decoders.DECODERS) == catalog.DECODERS
 
 
 def test_every_flag_has_a_help_text_with_its_default():
@@ -302,21 +322,81 @@ def test_a_mistake_ends_with_one_line_that_names_the_flag(capsys, line, flag):
     assert flag in message
 
 
-def test_every_rule_is_broken_by_some_mistake_of_the_list(monkeypatch, capsys):
+def test_every_check_of_a_combination_refuses_some_mistake_of_the_list(capsys):
+    refusals = {}   # function -> lines where it returns a message
+    for function in (cli._mistake, cli._no_network):
+        lines, first = inspect.getsourcelines(function)
+        refusals[function.__code__] = {first + i for i, line in enumerate(lines) if re.match(r"\s+return [^N]", line)}
     seen = set()
 
-    def noticed(number, rule):
-        def message(args):
-            seen.add(number)
-            return rule.message(args)
+    def trace(frame, event, argument):
+        if frame.f_code not in refusals:
+            return None
+        return lambda frame, event, argument: seen.add((frame.f_code, frame.f_lineno))
 
-        return replace(rule, message=message)
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        for line, _ in MISTAKES:
+            refused(capsys, parse_args, line.split())
+    finally:
+        sys.settrace(before)
+    missing = [line for code, lines in refusals.items() for line in lines if (code, line) not in seen]
+    assert len(refusals[cli._mistake.__code__]) > 12 and not missing
 
-    monkeypatch.setattr(cli, "RULES", tuple(noticed(number, rule) for number, rule in enumerate(cli.RULES)))
-    for line, _ in MISTAKES:
-        refused(capsys, parse_args, line.split())
-    missing = [rule.flags for number, rule in enumerate(cli.RULES) if number not in seen]
-    assert not missing
+
+def test_the_table_of_effects_is_of_all_flags():
+    assert set(EFFECTS) == set(build_parser().defaults())
+    assert all(effect and set(effect) <= {TRAINING, EVALUATION} for effect in EFFECTS.values())
+
+
+@pytest.mark.parametrize("task", [TRAINING, EVALUATION])
+@pytest.mark.parametrize("name", EFFECTS)
+def test_a_flag_is_accepted_where_it_has_an_effect_and_refused_everywhere_else(name, task):
+    parser, needs = build_parser(), EFFECTS[name].get(task)
+    start = f"argument {parser.spelling(name)}: has no effect "
+    good = {other: allowed[0] if isinstance(allowed, tuple) else allowed for other, allowed in (needs or {}).items()}
+
+    def verdict(**values):
+        return without_effect(Namespace(**{**parser.defaults(), **good, **values, "explicit": {name}}), parser, task)
+
+    if needs is None:
+        assert verdict() == f"{start}in {task}"
+        return
+    assert verdict() is None
+    for other, allowed in needs.items():
+        flag = parser.spelling(other)
+        if isinstance(allowed, bool):
+            assert verdict(**{other: not allowed}) == f"{start}{'without' if allowed else 'with'} {flag}"
+        else:
+            assert verdict(**{other: "another"}).startswith(f"{start}with {flag} another, only with {allowed[0]}")
+
+
+def test_both_tasks_ask_the_table(capsys):
+    for task, flag, line in ((TRAINING, "--save_suffix", "--result_dir r --save_suffix a"),
+                             (EVALUATION, "--compile", "--evaluate-from e.pth --compile")):
+        assert f"{flag}: has no effect in {task}" in refused(
+            capsys, lambda line=line, task=task: parse_args(line.split(), task=task))
+
+
+@pytest.mark.parametrize("line", [
+    "--method joint --lr-type cosine --optimizer adam --ensemble_reweight 0.5 --lr_milestones 150,225",
+    "--workers 9 --val_workers 9 --gpu 0 --distributed --dist_backend gloo --local_rank 0 --bnAfter"])
+def test_what_old_command_lines_and_the_scripts_always_pass_is_accepted_without_an_effect(line):
+    parse_args(["--result_dir", "r", *line.split()], task="training")
+
+
+def test_what_a_file_settles_is_judged_when_it_has_been_read(capsys):
+    args = parse_args("--evaluate-from a.pth --decoder torchcodec --base 4".split(), task="evaluation")
+    args.image_size = 224
+    require_effect(args)
+    args.arch = "ranet"
+    assert "--base: has no effect with --arch ranet" in refused(capsys, require_effect, args)
+
+
+def test_the_decoder_of_small_images_in_a_file_is_refused(capsys):
+    args = parse_args("--evaluate-from a.pth --decoder torchcodec".split(), task="evaluation")
+    assert "--decoder: has no effect with --image_size 32" in refused(capsys, require_effect, args)
 
 
 def test_a_message_stays_one_line_when_the_value_has_a_line_break(capsys):
@@ -341,8 +421,8 @@ def test_a_method_has_the_defaults_of_its_own_and_an_alias():
 
 
 def test_the_methods_of_the_command_line_are_those_there_are():
-    assert list(methods.METHODS) == list(catalog.METHODS)
-    assert not set(catalog.METHOD_ALIASES) & set(methods.METHODS)
+    assert all(issubclass(method_class(name), Method) for name in catalog.METHODS)
+    assert not set(catalog.METHOD_ALIASES) & set(catalog.METHODS)
 
 
 def test_lists_and_switches_are_converted():
@@ -396,13 +476,47 @@ def test_an_evaluation_is_not_held_to_defaults_that_its_file_replaces():
     parse_args("--evaluate-from a.pth --ensemble_reweight 0.1,0.2,0.3,0.4".split())
 
 
-def test_require_and_forbid_name_the_flags(capsys):
-    args = parse_args(["--result_dir", "r", "--evaluate-from", "f"])
-    require(args, "result_dir", "evaluate_from")
-    forbid(args, "resume", "checkpoint")
-    assert "--evaluate-from" in refused(capsys, require, parse_args([]), "evaluate_from")
-    assert "--checkpoint and --budget" in refused(capsys, require, args, "result_dir", "checkpoint", "budget")
-    assert "--result_dir and --evaluate-from" in refused(capsys, forbid, args, "result_dir", "evaluate_from")
+def test_a_script_says_what_it_cannot_do_without(capsys):
+    assert "training needs --result_dir" in refused(capsys, lambda: parse_args([], task="training"))
+    assert "evaluation needs --evaluate-from" in refused(capsys, lambda: parse_args(["--result_dir", "r"], task="evaluation"))
+
+
+@pytest.mark.parametrize(("line", "script", "dataset"), [
+    ("--dataset cifar100", "msdnet", "cifar100"), ("--dataset glyphs --arch msdnet", "msdnet", "cifar100"),
+    ("--dataset imagenet", "msdnet", "imagenet"), ("--dataset folder --image_size 224 --arch ranet_ge", "ranet", "imagenet"),
+    ("--dataset cifar10 --arch ranet", "ranet", "cifar100")])
+def test_without_a_flag_of_the_network_it_is_the_papers_for_anytime_prediction(line, script, dataset):
+    recipe = subprocess.run(["bash", "-c", f"source {script}_scripts/recipes.sh; network {dataset} any"], cwd=ROOT, timeout=60,
+                            capture_output=True, text=True, check=True).stdout
+    args, expected = parse_args(line.split()), parse_args(["--dataset", dataset, *recipe.split()])
+    arch = args.arch
+    note = choose_network(args)
+    assert {name: getattr(args, name) for name in NETWORK} == {name: getattr(expected, name) for name in NETWORK} | {"arch": arch}
+    assert f"--arch {arch}" in note and f"--nBlocks {args.nBlocks}" in note
+
+
+def test_a_flag_of_the_network_or_a_run_that_goes_on_keeps_the_network():
+    args = parse_args(["--nBlocks", "2"])
+    assert choose_network(args) is None and (args.nBlocks, args.step) == (2, 1)
+    args = parse_args(["--resume"])
+    assert choose_network(args, {"nChannels": 8}) is None   # the rest were the defaults of that run
+    assert (args.nBlocks, args.step, args.nChannels) == (1, 1, 8)
+
+
+def test_training_and_evaluation_of_bare_weights_name_the_network_they_take(tmp_path, capsys):
+    torch.save({"w": torch.ones(1)}, tmp_path / "w.pth")
+    missing = ["--dataset", "folder", "--data-root", str(tmp_path / "nowhere")]
+    for call in (lambda: train_cifar100.main([*missing, "--result_dir", str(tmp_path / "run")]),
+                 lambda: eval_cifar100.main([*missing, "--evaluate-from", str(tmp_path / "w.pth")])):
+        with pytest.raises(SystemExit):
+            call()
+        note = "taking the paper's for own images, --arch msdnet_ge --nBlocks 10 --step 2 --nChannels 16"
+        assert note in capsys.readouterr().out
+
+
+def test_flags_that_do_not_fit_the_papers_network_are_refused(capsys):
+    args = parse_args("--ensemble_reweight 0.1,0.2,0.3".split())
+    assert "10" in refused(capsys, choose_network, args).split("makes")[1]
 
 
 def test_importing_args_parses_nothing_and_loads_no_torch():
@@ -459,7 +573,7 @@ def test_flags_that_are_accepted_make_a_network_that_runs_or_are_refused_with_a_
     args = parsed([word for pair in flags.items() for word in pair])
     if args is not None:
         try:
-            model = build_model(args)
+            model = build_model(NetworkSpec.from_args(args))
         except UserError as error:
             assert "\n" not in str(error)
         else:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from args import parse_args
-from utils.methods import Method, build_model
+from utils.methods import Method
+from utils.options.network import NetworkSpec
+from utils.runs.restore import build_model
 from utils.training.engine import EpochFigures, train_epoch
 
 CONFIGURATIONS = {entry["name"]: entry for entry in
@@ -25,7 +27,7 @@ def test_there_are_eight_networks_for_cifar_and_six_for_imagenet():
 def test_the_network_takes_a_training_step_on_two_images(name):
     args = parse_args(CONFIGURATIONS[name]["flags"].split())
     torch.manual_seed(0)
-    model = build_model(args)
+    model = build_model(NetworkSpec.from_args(args))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     figures = EpochFigures(model.n_exits, torch.device("cpu"))
     batch = torch.randn(2, 3, args.image_size, args.image_size), torch.randint(args.num_classes, (2,)), 1.0

@@ -25,8 +25,9 @@ from utils.core.errors import UserError
 from utils.core.lock import locked
 from utils.core.machine import choose_device
 from utils.evaluation import modes as evaluation
-from utils.methods import build_model
+from utils.options.network import NetworkSpec
 from utils.runs import checkpoint
+from utils.runs.restore import build_model
 from utils.training import start as beginning
 from utils.training import trainer
 
@@ -119,7 +120,7 @@ def children(job: subprocess.Popen) -> list[int]:
 def test_two_processes_train_to_the_same_network_as_one(alone, together, run):
     """Losses, accuracies and parameters; the last of the seven batches has five images, two of them on the first rank."""
     one, two = (checkpoint.load(folder / run / checkpoint.LATEST) for folder in (alone, together))
-    start = build_model(_args(run)).backbone.state_dict()
+    start = build_model(NetworkSpec.from_args(_args(run))).backbone.state_dict()
     assert max((one["state_dict"][name] - start[name]).abs().max() for name in start) > 0.01   # it did move
     torch.testing.assert_close(two["state_dict"], one["state_dict"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(two["training"]["objective"], one["training"]["objective"], rtol=1e-5, atol=0)
@@ -139,7 +140,7 @@ def _args(run: str):
 
 
 def test_a_network_of_these_runs_has_layers_that_no_exit_reads():
-    net = build_model(_args("equalised"))
+    net = build_model(NetworkSpec.from_args(_args("equalised")))
     sum(p.sum() for p in net(torch.randn(2, 3, 32, 32))).backward()
     assert any(parameter.grad is None for parameter in net.parameters())
 

@@ -18,10 +18,9 @@ from utils.evaluation import confidence as reading
 from utils.evaluation import operating_points
 from utils.evaluation.classify import read_images
 from utils.evaluation.fast_form import load_model, prepare_for_inference
-from utils.options import flags
+from utils.options import catalog
 from utils.plots import labels
 from utils.reports.finished_runs import read_evaluations
-from utils.runs import result_files
 
 TEMPERATURES = [0.9, 0.3, 0.5, 0.7]
 MEASURES = ["confidence", "entropy", "margin"]
@@ -68,7 +67,7 @@ def pixels():
     return torch.randn(80, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("ensemble", flags.ENSEMBLES)
+@pytest.mark.parametrize("ensemble", catalog.ENSEMBLES)
 def test_an_ensemble_predicts_what_brute_force_makes_of_the_raw_logits(backbone, ensemble):
     raw = torch.randn(4, 9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 3
     model = read_as(ensemble, backbone, TEMPERATURES)
@@ -93,15 +92,15 @@ def test_a_measure_equals_brute_force_and_lies_between_0_and_1(name):
         spread = -np.where(p > 0, p * np.log(p), 0).sum(-1)
     wanted = {"confidence": ordered[..., -1], "margin": ordered[..., -1] - ordered[..., -2],
               "entropy": 1 - spread / np.log(7)}[name]
-    got = reading.POLICIES[name](logits).numpy()
+    got = reading.MEASURES[name](logits).numpy()
     assert got.dtype == np.float32 and got.min() >= 0 and got.max() <= 1
     np.testing.assert_allclose(got, wanted, atol=2e-6)
-    np.testing.assert_array_equal(reading.POLICIES[name](logits[1]), got[1])   # one exit alone says the same
+    np.testing.assert_array_equal(reading.MEASURES[name](logits[1]), got[1])   # one exit alone says the same
 
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_with_a_single_class_every_measure_is_certain(name):
-    assert reading.POLICIES[name](torch.zeros(2, 1)).tolist() == [1, 1]
+    assert reading.MEASURES[name](torch.zeros(2, 1)).tolist() == [1, 1]
 
 
 def test_patience_leaves_where_so_many_exits_in_a_row_agree():
@@ -125,11 +124,11 @@ def test_patience_leaves_where_so_many_exits_in_a_row_agree():
 
 
 @pytest.mark.parametrize("name", MEASURES)
-@pytest.mark.parametrize("ensemble", flags.ENSEMBLES)
+@pytest.mark.parametrize("ensemble", catalog.ENSEMBLES)
 def test_inputs_that_really_leave_get_what_the_simulation_says(backbone, pixels, ensemble, name):
     model = prepare_for_inference(read_as(ensemble, backbone, TEMPERATURES))
     assert type(model) is type(read_as(ensemble, backbone, TEMPERATURES))
-    measure = reading.POLICIES[name]
+    measure = reading.MEASURES[name]
     with torch.inference_mode():
         predictions = torch.stack(model(pixels))
     certainty = measure(predictions)
@@ -180,15 +179,14 @@ def evaluate(images, run, *more, into=None):
 
 
 def test_the_names_on_the_command_line_are_those_there_are():
-    assert tuple(result_files.ENSEMBLES) == flags.ENSEMBLES and tuple(reading.POLICIES) == flags.POLICIES
-    assert set(result_files.LEAVING) == set(flags.POLICIES) - {"confidence"}
+    assert list(reading.MEASURES) == list(catalog.POLICIES)
 
 
 def test_an_ensemble_has_files_and_titles_of_its_own_in_every_mode(images, joint, tmp_path, capsys):
     for mode in ("anytime", "dynamic", "realtime"):
         for ensemble in ("none", "average", "poe", "boost"):
             assert evaluate(images, joint, "--evalmode", mode, "--ensemble", ensemble, into=tmp_path) == 0
-            words = "" if ensemble == "none" else f" ({result_files.ENSEMBLES[ensemble]})"
+            words = "" if ensemble == "none" else f" ({catalog.ENSEMBLES[ensemble]})"
             assert f"msdnet_ge joint{words} folder" in capsys.readouterr().out
     for name in ("anytime", "dynamic", "realtime"):   # the files are called after the modes
         found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob(f"{name}*.json")}
@@ -274,7 +272,7 @@ def test_a_policy_is_fitted_run_and_reported_like_confidence(images, joint, tmp_
     model, saved = load_model(joint / "model_latest.pth")
     data = build_data(dataset="folder", data_root=images, split=Split.from_dict(saved["split"]))
     with torch.inference_mode():
-        certainty = torch.cat([reading.POLICIES[policy](torch.stack(model(x))) for x, _, _ in data.valid()], dim=1)
+        certainty = torch.cat([reading.MEASURES[policy](torch.stack(model(x))) for x, _, _ in data.valid()], dim=1)
     wanted = operating_points.finite(operating_points.fit(certainty, macs, float(budget)))
     assert point["thresholds"] == pytest.approx(wanted, abs=1e-5)
     if mode == "realtime":
@@ -310,7 +308,7 @@ def test_images_leave_by_the_policy_and_take_no_thresholds_of_another(images, jo
         left_at = int(left_at)
         name = more[1] if "--policy" in more else "confidence"
         prediction = read_as("average" if "average" in more else "none", plain.backbone, []).boost(raw)[left_at - 1]
-        assert float(certainty) == pytest.approx(100 * reading.POLICIES[name](prediction).item(), abs=0.06)
+        assert float(certainty) == pytest.approx(100 * reading.MEASURES[name](prediction).item(), abs=0.06)
         return table, left_at
 
     plain, _ = load_model(joint / "model_latest.pth")

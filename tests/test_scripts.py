@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from args import parse_args
-from utils.options.flags import NETWORK
+from utils.options.network import NETWORK
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES, DATASETS = ("msdnet", "ranet"), ("cifar100", "imagenet")
@@ -50,10 +50,10 @@ def commands(script: str, *arguments: str, cwd: Path, **environment: str) -> lis
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
 
-def flags(command: list[str]) -> Namespace:
+def flags(command: list[str], task: str | None = None) -> Namespace:
     """The flags of a command, parsed as its entry point would."""
     entry = next(i for i, word in enumerate(command) if word.endswith(".py"))
-    return parse_args(command[entry + 1:])
+    return parse_args(command[entry + 1:], task=task)
 
 
 def model_commands(action: str, model: str, size: str, cwd: Path, **environment: str) -> list[str]:
@@ -95,6 +95,24 @@ def test_evaluation_reads_the_folder_that_training_writes(model, size, tmp_path)
     trained, evaluated = (flags(model_commands(action, model, size, tmp_path)) for action in ("train", "eval"))
     assert evaluated.result_dir == trained.result_dir
     assert evaluated.evaluate_from == f"{trained.result_dir}/model_best.pth"
+
+
+@pytest.mark.parametrize("line", [
+    "train_cifar100_any --lr-type cosine", "train_cifar100_any --optimizer adam", "train_cifar100_any --method l2w",
+    "train_cifar100_any --dataset cifar10", "eval_cifar100_any --evalmode dynamic", "eval_cifar100_any --budget 40e6",
+    "eval_cifar100_any --images a.png", "eval_cifar100_batch 4 --evalmode anytime", "eval_cifar100_batch 4 --evalmode=realtime",
+    "eval_cifar100_batch 4 --cost latency", "eval_cifar100_batch 4 --budget 3.5ms", "eval_cifar100_batch 4 --policy patience",
+    "eval_cifar100_batch 4 --budget 40e6", "eval_cifar100_batch 4 --sweep released", "eval_cifar100_batch 4 --policy entropy",
+    "eval_cifar100_batch 4 --images a.png"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_script_passes_can_be_overridden(family, line, tmp_path):
+    script, *more = line.replace("batch 4", f"batch {SIZES[f'{family}_cifar100'][0]}").split()
+    [command] = commands(f"{family}_scripts/{script}.sh", *more, cwd=tmp_path)
+    task = "training" if script.startswith("train") else "evaluation"
+    args = flags(command, task=task)
+    flag, value = " ".join(more).replace("=", " ").split()[-2:]
+    if flag not in ("--budget", "--images", "--cost"):
+        assert getattr(args, flag.removeprefix("--").replace("-", "_")) == value
 
 
 def test_every_model_has_a_run_folder_of_its_own(tmp_path):

@@ -20,7 +20,8 @@ from typing import Any
 from utils.core.errors import UserError, user_errors
 from utils.core.tables import Table, millions
 from utils.options.catalog import TEMPERATURE, method_title, title_of
-from utils.options.flags import NETWORK, build_parser
+from utils.options.flags import build_parser
+from utils.options.network import NETWORK
 from utils.options.parser import OneLineParser
 from utils.reports import paper
 from utils.reports.finished_runs import (
@@ -147,7 +148,7 @@ def own_tables(groups: Iterable[Group]) -> list[Table]:
 def network(run: FinishedRun) -> str:
     """The network as flags, defaults left out."""
     parser = build_parser()
-    given = vars(parser.parse_args([]))
+    given = parser.defaults()
     listed = [f"{parser.spelling(name)} {flag_text(run.settings[name])}" for name in NETWORK
               if name != "arch" and run.settings[name] != given[name]]
     return " ".join([run.settings["arch"], *listed])

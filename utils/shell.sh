@@ -118,13 +118,20 @@ train() {
         --ensemble_reweight 0.5 --batch-size 64 --workers 16 --lr_f 0.1 --weight-decay 1e-4 "${settings[@]}" "$@"
 }
 
-# evaluate DATASET SIZE FLAG...: evaluate model_best.pth of a model's run folder; later flags win.
+# evaluate DATASET SIZE FLAG...: evaluate model_best.pth of a model's run folder; later flags win, and what has no effect with
+# them is left out.
 evaluate() {
-    local dataset=$1 result settings mode=(--evalmode anytime) network
+    local dataset=$1 result settings mode=() network words
     result=$RESULT_ROOT/$(run_name "$1" "$2")
-    read -ra network <<<"$(network "$1" "$2")"
-    if [ "$2" != any ]; then mode=(--evalmode dynamic --flat_curve); fi
+    network=$(network "$1" "$2")
+    if [ "$2" != any ]; then mode=(--evalmode dynamic --flat_curve); fi # which is what --flat_curve goes with
     shift 2
+    words=" ${*//=/ } "
+    case $words in
+        *" --evalmode anytime "*) mode=() network=${network/ --use-valid/} ;;
+        *" --evalmode realtime "* | *" --cost latency "* | *" --budget "*[0-9]"ms "* | *" --policy patience "* | *" --images "*) mode=() ;;
+    esac
+    read -ra network <<<"$network"
     case $dataset in
         cifar100) settings=(--batch-size 128) ;;
         imagenet) settings=(--batch-size "$IMAGENET_EVAL_BATCH" --val_workers 16) ;;

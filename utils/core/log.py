@@ -35,6 +35,16 @@ def say(*lines: object) -> None:
             _be_silent()
 
 
+def note(line: str | None) -> None:
+    """Log a line, if there is one, in the first process; where no log is open, print it."""
+    if line and distributed.is_main():
+        log = logging.getLogger("boostnet")
+        if log.handlers:
+            log.info("%s", line)
+        else:
+            say(line)
+
+
 def _nobody_listens(record: logging.LogRecord) -> None:
     """Go on when stdout is a pipe whose reader has ended, as `tee` does at Ctrl-C."""
     if isinstance(sys.exc_info()[1], BrokenPipeError):   # not for a single line that could not be written

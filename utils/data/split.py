@@ -62,6 +62,21 @@ class Split:
         order = torch.randperm(len(labels), generator=seeded_generator("split", seed))
         return cls(order[:valid_size].sort().values, len(labels), int(seed), hash_labels(labels))
 
+    @classmethod
+    def from_permutation(cls, labels: Tensor, order: Tensor, valid_size: int) -> Split:
+        """Hold out the last `valid_size` images of an order of all of them, as programs of this family store it in index.pth.
+
+        Raises:
+            UserError: when it is no order of as many images as there are labels.
+        """
+        is_order = isinstance(order, Tensor) and order.ndim == 1 and not order.is_floating_point()
+        if not is_order or not torch.equal(order.cpu().long().sort().values, torch.arange(len(labels))):
+            raise UserError(f"the stored order of images (index.pth) is not one of the {len(labels)} training images here")
+        if not 0 < valid_size < len(labels):
+            raise UserError(f"cannot hold {valid_size} of {len(labels)} training images out; "
+                            f"pass --valid_size between 1 and {len(labels) - 1}")
+        return cls(order[-valid_size:].cpu().long().sort().values, len(labels), 0, hash_labels(labels))
+
     @property
     def train_index(self) -> Tensor:
         """(n_total - n_valid,) int64, sorted: the images that are trained on."""

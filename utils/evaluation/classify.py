@@ -17,11 +17,11 @@ from utils.core.tables import format_table, millions
 from utils.data.augment import Normalise, statistics_of
 from utils.data.decoders import PillowDecoder, decode, evaluation_crop
 from utils.evaluation import operating_points
-from utils.evaluation.confidence import POLICIES, read_exits
+from utils.evaluation.confidence import MEASURES, read_exits
 from utils.evaluation.early_exit import EarlyExit, Exits
 from utils.evaluation.fast_form import prepare_for_inference
 from utils.evaluation.predict import predict
-from utils.runs.restore import name_outputs, restore
+from utils.runs.restore import name_outputs, restore, spec_of
 
 
 def classify_files(args: argparse.Namespace, saved: dict[str, Any], open_data: Callable[[], Any], device: torch.device) -> None:
@@ -40,14 +40,14 @@ def classify_files(args: argparse.Namespace, saved: dict[str, Any], open_data: C
     images = read_images(args.images, args.dataset, args.image_size)   # a wrong path is found before anything is computed
     if args.num_classes is None:
         raise UserError(f"{args.evaluate_from} does not say how many classes it has; --images needs a checkpoint made here")
-    model, reading = read_exits(args, restore(args, saved).to(device))
+    model, reading = read_exits(args, restore(spec_of(args, saved), saved, args.evaluate_from).to(device))
     macs = measure_model(model, args.image_size, args.image_size)[0]
     ready = prepare_for_inference(model)
     folder = Path(args.result_dir or Path(args.evaluate_from).parent)
     budget = args.budget[0] if args.budget else None
     if budget:
         operating_points.check(macs, budget)
-    measure = POLICIES[args.policy]
+    measure = MEASURES[args.policy]
     points = operating_points.stored(folder, saved, args.save_suffix, temperatures=model.temperatures, **reading)
     point = operating_points.choose(points, macs, budget)
     if point:

@@ -44,7 +44,8 @@ def agreement(logits: Tensor) -> Tensor:
     return torch.stack(lengths).float()
 
 
-POLICIES: dict[str, Measure] = {"confidence": confidence, "entropy": entropy, "margin": margin, "patience": agreement}
+# By the names of catalog.POLICIES.
+MEASURES: dict[str, Measure] = {"confidence": confidence, "entropy": entropy, "margin": margin, "patience": agreement}
 
 
 def read_exits(args: argparse.Namespace, model: BoostedNet) -> tuple[BoostedNet, dict[str, Any]]:

@@ -1,7 +1,6 @@
 """From a trained network to a copy of it that answers fast."""
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from pathlib import Path
@@ -15,9 +14,9 @@ from models import BoostedNet
 from models.inference import fold_batch_norm, growing_form
 from models.layers import all_exits
 from utils.core.errors import UserError
-from utils.options.flags import build_parser
+from utils.options.network import NetworkSpec
 from utils.runs import checkpoint
-from utils.runs.restore import check, require_same_hold_out, restore
+from utils.runs.restore import require_same_hold_out, restore
 
 FORMS = ("growing", "folded", "compiled")
 
@@ -29,12 +28,7 @@ def load_model(path: str | Path) -> tuple[BoostedNet, dict[str, Any]]:
         UserError: when the file does not say what network it holds.
     """
     saved = checkpoint.load(path)
-    if "architecture" not in saved:
-        raise UserError(f"{path} holds weights only, nothing about its network; expected a checkpoint of a training run here")
-    check(argparse.Namespace(**vars(build_parser().parse_args([])) | {"num_classes": None, "evaluate_from": path}), saved)
-    args = argparse.Namespace(**saved["architecture"], method=saved["method"], trainable_ensemble=False,
-                              evaluate_from=path)
-    return restore(args, saved).eval(), saved
+    return restore(NetworkSpec.from_checkpoint(saved, path), saved, path).eval(), saved
 
 
 def load_teacher(path: str | Path, data) -> BoostedNet:

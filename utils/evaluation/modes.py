@@ -20,13 +20,13 @@ from utils.core.errors import UserError
 from utils.core.files import atomic_write, require_writable, write_json
 from utils.core.log import say
 from utils.core.tables import format_table, millions
-from utils.evaluation.confidence import POLICIES, read_exits
+from utils.evaluation.confidence import MEASURES, read_exits
 from utils.evaluation.operating_points import finite, require_hold_out, warn_of_missed_budgets
 from utils.evaluation.predict import predict
 from utils.evaluation.published import publish
 from utils.evaluation.realtime import evaluate_realtime
 from utils.runs.checkpoint import hash_weights
-from utils.runs.restore import identify, restore
+from utils.runs.restore import restore, spec_of
 from utils.runs.result_files import FAMILIES, describe, stem
 
 
@@ -40,13 +40,15 @@ def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torc
         raise UserError(f"{args.evaluate_from} was trained on other classes than those of {args.data_root}; evaluate it with the "
                         "data set it was trained on")
     args.num_classes = args.num_classes or data.num_classes
-    model, reading = read_exits(args, restore(args, saved).to(device))
+    spec = spec_of(args, saved)
+    model, reading = read_exits(args, restore(spec, saved, args.evaluate_from).to(device))
     source = Path(args.evaluate_from).parent
     folder = Path(args.publish or args.result_dir or source)
     if distributed.is_main():
         require_writable(folder, "--publish" if args.publish else "--result_dir")
     # A released checkpoint says nothing about itself.
-    about = header(identify(args) | saved, folder, model, data, **reading)
+    split = data.split.to_dict() if data.split else None
+    about = header({**spec.to_checkpoint(), "dataset": args.dataset, "split": split, **saved}, folder, model, data, **reading)
     if args.publish:
         publish(model, saved, data, folder, about=about, source=source, dynamic=args.evalmode == "dynamic")
     elif args.evalmode == "realtime":
@@ -123,7 +125,7 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
     macs = about["macs"]
     for budget in budgets or []:   # a budget out of range is refused before the network runs
         solve_exit_rate(macs, budget)
-    measure = POLICIES[about["policy"]]
+    measure = MEASURES[about["policy"]]
     valid, test = predict(model, data.valid(), measure), predict(model, data.test(), measure)
     arrays = (valid.confidence, valid.correct, test.confidence, test.correct, macs)
     fitted = released_curve(*arrays, flat=flat) if released else budget_curve(*arrays, budgets)
@@ -147,7 +149,7 @@ def evaluate_patience(model: BoostedNet, data, folder: Path, *, about: dict[str,
         UserError: without a hold-out.
     """
     require_hold_out(data)
-    valid, test = (predict(model, batches, POLICIES["patience"]) for batches in (data.valid(), data.test()))
+    valid, test = (predict(model, batches, MEASURES["patience"]) for batches in (data.valid(), data.test()))
     points = patience_curve(valid.confidence, valid.correct, test.confidence, test.correct, about["macs"])
     about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
     result = {**about, "family": "patience", "flat": False, "augmented_hold_out": data.augment_valid, "points": points}

@@ -34,7 +34,7 @@ def require_hold_out(data) -> None:
     """Raise UserError where there are no images to fit thresholds or choose a patience on."""
     if not data.n_valid:
         raise UserError("operating points are chosen on held-out training images, and this checkpoint knows of none; train with "
-                        "--use-valid")
+                        "--use-valid, or, for weights of another program, let --use-valid draw them")
 
 
 def between(costs: Sequence[float], fraction: float) -> float:

@@ -19,7 +19,7 @@ from utils.core.log import say
 from utils.core.machine import versions
 from utils.core.tables import format_table, millions
 from utils.evaluation import operating_points
-from utils.evaluation.confidence import POLICIES
+from utils.evaluation.confidence import MEASURES
 from utils.evaluation.early_exit import EarlyExit
 from utils.evaluation.fast_form import exit_times, prepare_for_inference
 from utils.evaluation.predict import Predictions, predict
@@ -52,7 +52,7 @@ def evaluate_realtime(model: BoostedNet, data, folder: Path, *, about: dict[str,
     budgets = budgets or [operating_points.between(costs, fraction) for fraction in operating_points.DEFAULT_BUDGETS]
     for budget in budgets:   # a budget out of range is refused before the network runs
         operating_points.check(costs, budget, cost)
-    measure = POLICIES[about["policy"]]
+    measure = MEASURES[about["policy"]]
     valid, test = predict(ready, data.valid(), measure), predict(ready, data.test(), measure)
     points = []
     for budget in budgets:

@@ -1,43 +1,25 @@
-"""The training methods by their names on the command line; what the command line knows of them is in `utils.options.catalog`."""
+"""The training methods; `utils.options.catalog` has their names and which class each of them is."""
 from __future__ import annotations
 
 import argparse
+import pkgutil
 from typing import Any
 
 import torch
 from torch import nn
 
-from models import BoostedNet, build_backbone, expand_temperatures
+from models import BoostedNet
 from utils.core.distributed import world_size
 from utils.core.errors import UserError
 from utils.methods.base import Method, Outcome
-from utils.methods.block_losses import BlockLosses
-from utils.methods.distillation import Distillation
-from utils.methods.imta import Collaboration
-from utils.methods.l2w import SampleWeighting
-from utils.options import catalog
+from utils.options.catalog import METHODS
 
-__all__ = ["METHODS", "Method", "Outcome", "build_method", "build_model", "require_one_process"]
-
-# Two names with one class differ in the head: catalog.METHODS says whose exits are boosted.
-METHODS: dict[str, type[Method]] = {
-    "boost": Method, "joint": Method, "l2w": SampleWeighting, "block_losses": BlockLosses, "imta": Collaboration,
-    "boost_l2w": SampleWeighting, "boost_distill": Distillation,
-}
+__all__ = ["Method", "Outcome", "build_method", "method_class", "require_one_process"]
 
 
-def build_model(args: argparse.Namespace) -> BoostedNet:
-    """Network of the parsed flags. Exits that predict alone are the boosted head with every temperature at zero.
-
-    Raises:
-        UserError: when the flags do not describe a network.
-    """
-    try:
-        backbone = METHODS[args.method].adapt(build_backbone(args))
-        values = args.ensemble_reweight if catalog.METHODS[args.method].boosted else [0.0]
-        return BoostedNet(backbone, expand_temperatures(values, backbone.n_exits), args.trainable_ensemble)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+def method_class(name: str) -> type[Method]:
+    """The class of a method of the catalog."""
+    return pkgutil.resolve_name(f"{__name__}.{METHODS[name].implementation}")
 
 
 def require_one_process(args: argparse.Namespace) -> None:
@@ -46,8 +28,8 @@ def require_one_process(args: argparse.Namespace) -> None:
     Raises:
         UserError: naming the methods that can.
     """
-    if world_size() > 1 and not catalog.METHODS[args.method].one_call:
-        able = ", ".join(name for name, facts in catalog.METHODS.items() if facts.one_call)
+    if world_size() > 1 and not METHODS[args.method].one_call:
+        able = ", ".join(name for name, facts in METHODS.items() if facts.one_call)
         raise UserError(f"--method {args.method} trains in one process only, this run has {world_size()}; start it without "
                         f"torchrun, or choose one of {able}")
 
@@ -59,7 +41,12 @@ def build_method(args: argparse.Namespace, model: BoostedNet, optimizer: torch.o
     Args:
         network: `model`, or what averages its gradients over the processes.
         teacher: network of --teacher, for the methods that take one.
+    Raises:
+        UserError: when the flags do not fit the network.
     """
-    method = METHODS[args.method]
+    method = method_class(args.method)
     options: dict[str, Any] = method.options(args) | ({"teacher": teacher} if teacher else {})
-    return method(model, optimizer, network=network, **options)
+    try:
+        return method(model, optimizer, network=network, **options)
+    except ValueError as error:
+        raise UserError(str(error)) from error

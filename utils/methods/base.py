@@ -53,18 +53,13 @@ class Method:
         return {"equalise": args.loss_equal}
 
     @staticmethod
-    def adapt(backbone: nn.Module) -> nn.Module:
-        """The network that is trained, made of the backbone of the flags."""
-        return backbone
-
-    @staticmethod
-    def load_start(model: BoostedNet, saved: dict[str, Any], source: str) -> None:
-        """Begin with the weights of a checkpoint (from `checkpoint.load`).
+    def load_start(model: BoostedNet, saved: dict[str, Any], source: str, *, new_classifier: bool = False) -> list[str]:
+        """Begin with the weights of a checkpoint (from `checkpoint.load`); return the tensors that `new_classifier` leaves new.
 
         Raises:
             UserError: when they do not fit.
         """
-        checkpoint.load_weights(model.backbone, saved["state_dict"], source)
+        return checkpoint.load_weights(model.backbone, saved["state_dict"], source, new_classifier=new_classifier)
 
     def step(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome | None:
         """Train on one batch, images (B, 3, H, W) and labels (B,); None when it was left out.

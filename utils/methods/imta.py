@@ -4,9 +4,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from models import BoostedNet, CollaborativeNet
+from models import BoostedNet
 from utils.core.errors import UserError
 from utils.methods.base import Method, Outcome
 from utils.methods.losses import cross_entropies, divergence
@@ -40,15 +40,11 @@ class Collaboration(Method):
         return {"gamma": args.distill_weight, "temperature": args.distill_T}
 
     @staticmethod
-    def adapt(backbone: nn.Module) -> nn.Module:
-        return CollaborativeNet(backbone)
-
-    @staticmethod
-    def load_start(model: BoostedNet, saved: dict[str, Any], source: str) -> None:
+    def load_start(model: BoostedNet, saved: dict[str, Any], source: str, *, new_classifier: bool = False) -> list[str]:
         if any(saved.get("temperatures", [])):
             raise UserError(f"{source} has boosted exits, whose last one is no teacher by itself; give a network whose exits "
                             "predict alone, such as one trained with --method joint")
-        checkpoint.load_weights(model.backbone.net, saved["state_dict"], source)
+        return checkpoint.load_weights(model.backbone.net, saved["state_dict"], source)
 
     def step(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome | None:
         return self.update(images, labels, share) if len(labels) > 1 else None

@@ -1,9 +1,9 @@
-"""What is known of each data set before it is opened, of each network and of each training method. Loads nothing, for a fast
-command line.
+"""What is known of each data set before it is opened, of each network and of each training method: names, titles, facts.
+
+The one list of each kind of name. It loads nothing; where a name stands for code, the code is named as text.
 """
 from __future__ import annotations
 
-from argparse import Namespace
 from typing import NamedTuple
 
 
@@ -40,25 +40,29 @@ def title_of(dataset: str) -> str:
 
 
 class TrainingMethod(NamedTuple):
-    """Facts of a training method; `utils.methods` has the methods themselves.
+    """Facts of a training method.
 
     Attributes:
         title: name in plots and tables.
+        implementation: module and class below `utils.methods`. Two names with one class differ in the head.
         boosted: its exits predict the boosted sum F_n; otherwise each exit predicts alone.
         flags: dest names of the flags that it reads and not every method does.
         defaults: of those flags whose default depends on the method.
         sgd_only: it computes the optimiser's step itself, and knows SGD's alone.
         second_stage: it builds on a trained network, which has to be given and stays as it is.
+        wrapper: class in `models` that makes the network of this method from a backbone; None where that is the backbone itself.
         one_call: all gradients of a step pass through one call of the whole network, so that what is called may be a wrapper that
             does more, such as averaging them over several processes.
     """
 
     title: str
+    implementation: str
     boosted: bool
     flags: frozenset[str]
     defaults: dict[str, float] = {}
     sgd_only: bool = False
     second_stage: bool = False
+    wrapper: str | None = None
     one_call: bool = True
 
 
@@ -67,34 +71,41 @@ _WEIGHTING = frozenset(("meta_net_hidden_size", "meta_net_num_layers", "meta_net
 _DISTILLATION = frozenset(("distill_weight", "distill_T", "teacher"))
 
 METHODS = {
-    "boost": TrainingMethod("BoostNet", True, frozenset(("trainable_ensemble", "loss_equal"))),
-    "joint": TrainingMethod("joint training", False, frozenset(("loss_equal",))),
-    "l2w": TrainingMethod("sample weighting", False, _WEIGHTING, sgd_only=True, one_call=False),
-    "block_losses": TrainingMethod("block-dependent losses", False, _DISTILLATION | {"groups", "overlap", "include_final"},
+    "boost": TrainingMethod("BoostNet", "base:Method", True, frozenset(("trainable_ensemble", "loss_equal"))),
+    "joint": TrainingMethod("joint training", "base:Method", False, frozenset(("loss_equal",))),
+    "l2w": TrainingMethod("sample weighting", "l2w:SampleWeighting", False, _WEIGHTING, sgd_only=True, one_call=False),
+    "block_losses": TrainingMethod("block-dependent losses", "block_losses:BlockLosses", False,
+                                   _DISTILLATION | {"groups", "overlap", "include_final"},
                                    {"distill_weight": 0.0, "distill_T": 2.5}, one_call=False),
-    "imta": TrainingMethod("collaborating exits", False, frozenset(("distill_weight", "distill_T")),
-                           {"distill_weight": 0.9, "distill_T": 3.0}, second_stage=True, one_call=False),
-    "boost_l2w": TrainingMethod("BoostNet, sample weighting", True, _WEIGHTING | {"trainable_ensemble"}, sgd_only=True,
-                                one_call=False),
-    "boost_distill": TrainingMethod("BoostNet, distillation", True, _DISTILLATION | {"trainable_ensemble", "loss_equal"},
+    "imta": TrainingMethod("collaborating exits", "imta:Collaboration", False, frozenset(("distill_weight", "distill_T")),
+                           {"distill_weight": 0.9, "distill_T": 3.0}, second_stage=True, wrapper="CollaborativeNet",
+                           one_call=False),
+    "boost_l2w": TrainingMethod("BoostNet, sample weighting", "l2w:SampleWeighting", True, _WEIGHTING | {"trainable_ensemble"},
+                                sgd_only=True, one_call=False),
+    "boost_distill": TrainingMethod("BoostNet, distillation", "distillation:Distillation", True,
+                                    _DISTILLATION | {"trainable_ensemble", "loss_equal"},
                                     {"distill_weight": 0.35, "distill_T": 2.5}),
 }
 ARCHITECTURES = {"msdnet": "MSDNet without rescaling", "msdnet_ge": "MSDNet", "ranet": "RANet",
                  "ranet_ge": "RANet with rescaling"}
-# A mistyped number of blocks should be an error, not a machine that swaps. The largest published network has 160.
-MAX_LAYERS = 1000
 TEMPERATURE = 0.5   # of every exit, in the paper
 METHOD_ALIASES = {"conventional": "joint"}
 
+# The networks of the paper for anytime prediction, by family and side of the images, as far as their flags differ from the
+# defaults.
+ANYTIME_NETWORKS = {
+    ("msdnet", 32): {"nBlocks": 10, "step": 2, "nChannels": 16},
+    ("msdnet", 224): {"nBlocks": 5, "base": 7, "step": 7, "growthRate": 16, "grFactor": [1, 2, 4, 4], "bnFactor": [1, 2, 4, 4]},
+    ("ranet", 32): {"nBlocks": 2, "step": 4, "nChannels": 16, "scale_list": [1, 2, 3, 3], "grFactor": [4, 2, 1, 1],
+                    "bnFactor": [4, 2, 1, 1]},
+    ("ranet", 224): {"nBlocks": 2, "step": 8, "nChannels": 64, "growthRate": 16, "scale_list": [1, 2, 3, 4],
+                     "grFactor": [4, 2, 2, 1], "bnFactor": [4, 2, 2, 1]},
+}
 
-def n_layers(args: Namespace) -> int:
-    """Layers of the MSDNet of these flags, or of all sub-networks of the RANet."""
-    if args.arch.startswith("msdnet"):
-        later = args.nBlocks - 1
-        growing = args.step * args.nBlocks * later // 2 + later
-        return args.base + (args.step * later if args.stepmode == "even" else growing)
-    blocks = [args.nBlocks + args.block_step * s for s in range(len(args.scale_list))]
-    return args.step * sum(n if args.stepmode == "even" else n * (n + 1) // 2 for n in blocks)
+# Choices of flags, and what titles and legends call those that are not the usual ones.
+DECODERS = ("pillow", "torchcodec")
+ENSEMBLES = {"none": "each exit alone", "boost": "exits added up", "average": "exits averaged", "poe": "product of exits"}
+POLICIES = {"confidence": None, "entropy": "leaving by entropy", "margin": "leaving by margin", "patience": "leaving by patience"}
 
 
 def arch_title(arch: str) -> str:

@@ -1,4 +1,4 @@
-"""Building blocks of a command line: one-line errors, text to value, rules about values. Knows no flag of its own."""
+"""Building blocks of a command line: one-line errors, and text to values within their ranges. Knows no flag of its own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import os
 import re
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, NoReturn
 
 from utils.core.errors import let_first_speak
@@ -34,9 +32,13 @@ class OneLineParser(argparse.ArgumentParser):
         """The flag behind a dest name, `--batch-size` for `batch_size`."""
         return next((action.option_strings[0] for action in self._actions if action.dest == dest), dest)
 
+    def defaults(self) -> dict[str, Any]:
+        """Dest name -> value of every flag that is not given."""
+        return vars(super().parse_args([]))
+
     def parse_given(self, argv: Sequence[str] | None) -> tuple[Namespace, frozenset[str]]:
         """The parsed flags, defaults filled in, and the dest names of those that were really on the command line."""
-        defaults = vars(super().parse_args([]))
+        defaults = self.defaults()
         # argparse leaves attributes alone that the namespace already has: what is still the marker was not given.
         not_given = object()
         found, unknown = self.parse_known_args(argv, Namespace(**dict.fromkeys(defaults, not_given)))
@@ -65,6 +67,34 @@ def number(text: str) -> float:
     return value
 
 
+def within(convert: Callable[[str], Any], low: float, high: float, *, above: bool = False,
+           below: bool = False) -> Callable[[str], Any]:
+    """A converter for values from `low` to `high`, without `low` (`above`) or without `high` (`below`)."""
+
+    def parse(text: str) -> Any:
+        value = convert(text)
+        if not low <= value <= high or (above and value == low) or (below and value == high):
+            raise ArgumentTypeError(f"must be {'above' if above else 'at least'} {low:.12g} and "
+                                    f"{'below' if below else 'at most'} {high:.12g}, got {text.strip()}")
+        return value
+
+    return parse
+
+
+def path(text: str) -> str:
+    """A path that the system can take."""
+    if not is_path(text):
+        raise ArgumentTypeError(f"must be a path, got {text!r}")
+    return text
+
+
+def written_path(text: str) -> str:
+    """A path for what the program writes, whose files hold it as text."""
+    if not is_utf8(path(text)):
+        raise ArgumentTypeError(f"must be a path in UTF-8, as the files in it, got {text!r}")
+    return text
+
+
 def true_false(text: str) -> bool:
     values = {"true": True, "false": False}
     if text.lower() not in values:
@@ -82,36 +112,6 @@ def list_of(convert: Callable[[str], Any], separator: str, example: str) -> Call
             raise ArgumentTypeError(f"{error}; the form is {example}") from None
 
     return parse
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A condition on the parsed flags.
-
-    Attributes:
-        flags: dest names of the flags it reads; the first one is named in the error.
-        holds: the condition.
-        message: what is wrong and what would be right.
-        if_given: where something else than the command line may settle the flags, the rule is for given flags only.
-    """
-
-    flags: tuple[str, ...]
-    holds: Callable[[Namespace], bool]
-    message: Callable[[Namespace], str]
-    if_given: bool = False
-
-
-def each(names: str, condition: Callable[[Any], Any], expected: str) -> list[Rule]:
-    """One rule per flag of `names`: its value, or every entry of its list, meets `condition`; None always does."""
-
-    def holds(args: Namespace, name: str) -> bool:
-        value = getattr(args, name)
-        return all(condition(item) for item in (value if isinstance(value, list) else [value]) if item is not None)
-
-    def message(args: Namespace, name: str) -> str:
-        return f"must be {expected}, got {shown(getattr(args, name))}"
-
-    return [Rule((name,), partial(holds, name=name), partial(message, name=name)) for name in names.split()]
 
 
 def shown(value: Any) -> str:

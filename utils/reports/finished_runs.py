@@ -82,7 +82,7 @@ def read_run(folder: Path) -> FinishedRun | None:
     on_test = results["best_on_test"] and results["best_on_test"]["top1"]
     if not len(test["macs"]) == len(test["top1"]) == len(on_test or test["top1"]):
         raise UserError(f"{path} is damaged: its accuracies are not one number for each exit")
-    settings = {name: config.get(name, default) for name, default in vars(build_parser().parse_args([])).items()
+    settings = {name: config.get(name, default) for name, default in build_parser().defaults().items()
                 if name not in NOT_TRAINING}
     settings |= {"dataset": test["dataset"], "method": test["method"], "processes": results["processes"],
                  "training images": results["n_train"], "test images": test["n_test"], "data": results["data_hash"],

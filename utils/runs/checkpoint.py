@@ -6,12 +6,9 @@ method, temperatures, class names, hold-out split. `model_latest.pth` also holds
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import os
-import pickle
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,18 +17,18 @@ from torch import Tensor, nn
 
 from utils import __version__
 from utils.core import distributed
-from utils.core.errors import UserError, is_out_of_memory
+from utils.core.errors import UserError
 from utils.core.files import TEMPORARY, atomic_write, to_disk
+from utils.runs.foreign import find_weights, read_file
 
 FORMAT = 1
+COUNTER = ".num_batches_tracked"   # end of the names of batch normalisation's counters
 LATEST, BEST, PREVIOUS, DAMAGED = "model_latest.pth", "model_best.pth", "model_previous.pth", "model_damaged.pth"
 TEST_BEST = "model_test_best.pth"   # by --paper_protocol only
 NAMES = LATEST, BEST, PREVIOUS, DAMAGED, TEST_BEST
 
 logger = logging.getLogger("boostnet")
 
-# Of weights, and of the counters of batch normalisation.
-WEIGHT_TYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32}
 # What is beside the weights in a checkpoint of this project, and under `training` in one that a run can go on from.
 CONTENT = {"architecture": dict, "dataset": str, "class_names": list, "method": str, "temperatures": list,
            "trainable_ensemble": bool, "split": (dict, type(None)), "epoch": int, "epoch_kind": str}
@@ -110,41 +107,28 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of this project or of a released one: a dict with at least `state_dict`.
+def load(path: str | Path, key: str | None = None) -> dict[str, Any]:
+    """Read a checkpoint of this project, or the weights of another one: a dict with at least `state_dict`.
 
-    The released forms `{'state_dict': {...}}` and `{'state_dict': {'model': {...}}}`, with or without a leading `module.` in
-    the names, come back with plain names.
+    Of a file of another project only the weights and a whole number under `epoch` come back.
 
+    Args:
+        key: which weights of several, see `foreign.find_weights`.
     Raises:
         FileNotFoundError: when there is no such file.
-        UserError: when it is damaged, holds code, or is something else.
+        UserError: when it is damaged, holds other objects, or is something else.
         OSError, MemoryError: when it cannot be read.
     """
     path = Path(path)
-    try:
-        stored = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(f"{path}: no such checkpoint") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder, not a checkpoint") from error
-    content = _parse(stored, path)
-    weights = content.get("state_dict") if isinstance(content, dict) else None
-    if isinstance(weights, dict) and isinstance(weights.get("model"), dict):
-        weights = weights["model"]
-    if not isinstance(weights, dict) or not weights or not all(map(_is_weight, weights.items())):
-        raise UserError(f"{path} is not a checkpoint: expected a dict with the weights under 'state_dict'")
-    if type(content.get("format", FORMAT)) is not int or content.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{path} has format {content['format']}, this version reads format {FORMAT}; use the version it is from")
-    if "format" in content or "architecture" in content:   # the released files say nothing about themselves
-        _check(content, CONTENT, f"{path} is not a checkpoint of this project")
-    return {**content, "state_dict": {name.removeprefix("module."): t for name, t in weights.items()}}
-
-
-def _is_weight(entry: tuple[Any, Any]) -> bool:
-    name, tensor = entry
-    return (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
-            and tensor.device.type == "cpu" and tensor.dtype in WEIGHT_TYPES)
+    content = read_file(path)
+    version = content.get("format") if isinstance(content, dict) else None
+    if version is not None and (type(version) is not int or version != FORMAT):
+        raise UserError(f"{path} has format {version}, this version reads format {FORMAT}; use the version it is from")
+    weights = find_weights(content, path, key)
+    if version is None and not isinstance(content.get("architecture"), dict):
+        return {"state_dict": weights} | ({"epoch": content["epoch"]} if type(content.get("epoch")) is int else {})
+    _check(content, CONTENT, f"{path} is not a checkpoint of this project")
+    return {**content, "state_dict": weights}
 
 
 def _check(content: Any, expected: dict[str, Any], complaint: str) -> None:
@@ -156,37 +140,6 @@ def _check(content: Any, expected: dict[str, Any], complaint: str) -> None:
             raise UserError(f"{complaint}: its entry {name!r} is {found}")
 
 
-def _parse(stored: bytes, path: Path) -> Any:
-    """What the bytes of a checkpoint hold. They are in memory, so that whatever is wrong here is wrong with them."""
-    file = io.BytesIO(stored)
-    if zipfile.is_zipfile(file):   # torch.load does not verify the checksums of its own format
-        try:
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()
-        except Exception as error:   # whatever the damage makes of the table of contents
-            raise UserError(f"{path} is damaged: {error}") from error
-        if damaged:
-            raise UserError(f"{path} is damaged: the checksum of {damaged} does not fit")
-    file.seek(0)
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: it holds more than tensors and plain values, which could run code "
-                        f"({_unsafe(stored)})") from error
-    except Exception as error:   # torch.load raises a dozen kinds on damaged files
-        if is_out_of_memory(error):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
-
-
-def _unsafe(stored: bytes) -> str:
-    try:
-        return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(stored))) or "unknown content"
-    except Exception:
-        return "not a checkpoint file"
-
-
 def hash_weights(weights: dict[str, Tensor]) -> str:
     """SHA-256 (hex) of the names and the bits of a state_dict."""
     digest = hashlib.sha256()
@@ -196,25 +149,40 @@ def hash_weights(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_weights(backbone: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+def load_weights(backbone: nn.Module, weights: dict[str, Tensor], source: str | Path, *,
+                 new_classifier: bool = False) -> list[str]:
     """Copy weights into a backbone.
 
+    Args:
+        new_classifier: leave those tensors of the classifiers as they are that `weights` lack or have in another shape.
+    Returns:
+        The names of the tensors that were left as they are.
     Raises:
         UserError: naming the first tensor that differs, when the weights are another network's.
     """
-    own = backbone.state_dict()
+    own, left = backbone.state_dict(), []
+    extra = [name for name in weights if name not in own]
+    counted = any(name.endswith(COUNTER) for name in weights)   # torch 0.4 and before did not count
     for name, tensor in own.items():
+        if name not in weights and name.endswith(COUNTER) and not counted:
+            continue
+        fits = name in weights and weights[name].shape == tensor.shape
+        if new_classifier and name.startswith("classifier.") and not fits:
+            left.append(name)
+            continue
         if name not in weights:
-            raise UserError(f"{source} does not fit this architecture: it has no {name} (expected shape {list(tensor.shape)})")
+            others = f", and {len(extra)} others such as {extra[0]}" if extra else ""
+            raise UserError(f"{source} does not fit this architecture: it has no {name} (expected shape {list(tensor.shape)}); "
+                            f"it has {len(weights) - len(extra)} of the {len(own)} tensors of this network{others}")
         if weights[name].is_floating_point() != tensor.is_floating_point():
             raise UserError(f"{source} does not fit this architecture: {name} is of type {weights[name].dtype}, "
                             f"expected {tensor.dtype}")
-        if weights[name].shape != tensor.shape:
+        if not fits:
             raise UserError(f"{source} does not fit this architecture: {name} has shape {list(weights[name].shape)}, "
                             f"expected {list(tensor.shape)}")
         if not weights[name].isfinite().all():
             raise UserError(f"{source} has NaN or infinite weights in {name}")
-    extra = [name for name in weights if name not in own]
     if extra:
         raise UserError(f"{source} does not fit this architecture: it has {extra[0]}, which this network has not")
-    backbone.load_state_dict(weights)
+    backbone.load_state_dict({name: tensor for name, tensor in weights.items() if name not in left}, strict=False)
+    return left

@@ -131,6 +131,10 @@ def stored_split(saved: dict[str, Any] | None) -> Split | None:
     return Split.from_dict(saved["split"]) if saved and saved["split"] else None
 
 
+# Flags that say what a run begins with.
+BEGINNING = ("checkpoint", "checkpoint_key", "new_classifier", "start_epoch")
+
+
 def start_run(args: argparse.Namespace, data, device: torch.device, saved: dict[str, Any] | None) -> Run:
     """Write down what the run in --result_dir is: the flags it began with, its data and its machine.
 
@@ -141,7 +145,7 @@ def start_run(args: argparse.Namespace, data, device: torch.device, saved: dict[
     scalars = Path(args.tensorboard_dir) if args.tensorboard_dir else path / "log"
     config = plain(vars(args))
     if saved:   # where the run began, a command with --resume does not say again
-        config |= {name: saved["training"]["config"][name] for name in ("checkpoint", "start_epoch")
+        config |= {name: saved["training"]["config"][name] for name in BEGINNING
                    if name in saved["training"]["config"]}
     if distributed.is_main():
         try:   # not after the first epoch, when TensorBoard would

@@ -2,32 +2,49 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from models import BoostedNet, expand_temperatures
+import models
+from models import BoostedNet, build_backbone, expand_temperatures
+from utils.core import distributed
 from utils.core.errors import UserError
 from utils.data.split import Split
-from utils.methods import build_model
-from utils.options.catalog import MAX_LAYERS, METHODS, n_layers
-from utils.options.flags import NETWORK
+from utils.options.catalog import METHODS
+from utils.options.network import NetworkSpec
 from utils.runs.checkpoint import load_weights
+from utils.runs.foreign import read_file
 
-# What says what a network is; a checkpoint carries it, and evaluation takes it from there.
-ARCHITECTURE = (*NETWORK, "num_classes", "image_size")
-
-
-def identify(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say about a network: the beginning of a checkpoint, and all there is to say of a released one."""
-    return {"architecture": {name: getattr(args, name) for name in ARCHITECTURE}, "dataset": args.dataset, "method": args.method}
+INDEX = "index.pth"   # an order of all training images, the last of which are held out, as programs of this family store it
 
 
-def describe(args: argparse.Namespace, model: BoostedNet, data) -> dict[str, Any]:
+def build_model(spec: NetworkSpec) -> BoostedNet:
+    """The network of a specification, with new weights. Exits that predict alone are boosted ones with temperature 0.
+
+    Raises:
+        UserError: when there is no such network.
+    """
+    try:
+        backbone, wrapper = build_backbone(spec), METHODS[spec.method].wrapper
+        network = getattr(models, wrapper)(backbone) if wrapper else backbone
+        return BoostedNet(network, expand_temperatures(spec.temperatures, network.n_exits), spec.trainable_ensemble)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def spec_of(args: argparse.Namespace, saved: dict[str, Any]) -> NetworkSpec:
+    """The network of a checkpoint: what the file says, or the flags where it says nothing about itself."""
+    return NetworkSpec.from_checkpoint(saved, args.evaluate_from) if "architecture" in saved else NetworkSpec.from_args(args)
+
+
+def describe(spec: NetworkSpec, model: BoostedNet, data, *, dataset: str, seed: int) -> dict[str, Any]:
     """What a checkpoint says about its network besides the weights."""
-    return {**identify(args), "class_names": list(data.class_names), "temperatures": list(model.temperatures),
-            "trainable_ensemble": args.trainable_ensemble, "split": data.split.to_dict() if data.split else None,
-            "labels_hash": data.labels_hash, "seed": args.seed}
+    return {**spec.with_temperatures(model.temperatures).to_checkpoint(), "dataset": dataset,
+            "class_names": list(data.class_names), "split": data.split.to_dict() if data.split else None,
+            "labels_hash": data.labels_hash, "seed": seed}
 
 
 def name_outputs(class_names: Sequence[str] | None, n_outputs: int) -> list[str]:
@@ -46,10 +63,12 @@ def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
     """
     if "architecture" not in saved:
         return None
-    check(args, saved)
+    NetworkSpec.from_checkpoint(saved, args.evaluate_from)
     split = Split.from_dict(saved["split"]) if saved["split"] else None
     stored = {**saved["architecture"], "dataset": saved["dataset"], "method": saved["method"],
               "trainable_ensemble": saved["trainable_ensemble"]}
+    if "seed" in saved:
+        stored["seed"] = saved["seed"]
     if split:
         stored |= {"seed": split.seed, "valid_size": len(split.valid_index)}
     for name, value in stored.items():
@@ -63,32 +82,36 @@ def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
     return split
 
 
-def check(args: argparse.Namespace, saved: dict[str, Any]) -> None:
-    """Refuse a checkpoint that says of itself what the command line would not accept.
+def hold_out(args: argparse.Namespace, saved: dict[str, Any], split: Split | None) -> dict[str, Any]:
+    """Keywords of `build_data` that say which images are held out in evaluation.
 
+    A checkpoint that says nothing of a split gets the images that index.pth beside it holds out, or images that are drawn.
+
+    Args:
+        split: the checkpoint's own.
     Raises:
-        UserError: naming what makes no sense.
+        UserError: for an index.pth that is something else, or --seed where nothing is drawn.
     """
-    architecture, temperatures = saved["architecture"], saved["temperatures"]
-    wrong = [name for name in ARCHITECTURE if name not in architecture or not _is_like(architecture[name], getattr(args, name))]
-    wrong += [name for name in architecture if name not in ARCHITECTURE]
-    if not wrong and n_layers(argparse.Namespace(**architecture)) > MAX_LAYERS:
-        wrong.append("architecture")
-    if not all(isinstance(t, float) and math.isfinite(t) for t in temperatures):
-        wrong.append("temperatures")
-    if saved["method"] not in METHODS:
-        wrong.append("method")
-    if wrong:
-        raise UserError(f"{args.evaluate_from} is damaged, or from another version: its {wrong[0]} makes no sense")
+    if "split" in saved:
+        return {"split": split}
+    stored = Path(args.evaluate_from).with_name(INDEX)
+    drawn = args.use_valid and ("seed" in args.explicit or not stored.exists())
+    if "seed" in args.explicit and not drawn and not args.paper_protocol:
+        raise UserError("--seed has no effect without --use-valid: nothing is drawn")
+    if args.evalmode == "anytime" or not (args.use_valid or stored.exists()):
+        return {}
+    if drawn:
+        _warn("%s says nothing of a hold-out: %s images are drawn with seed %d, and its network may have been trained on them",
+              args.evaluate_from, args.valid_size or "a tenth of the training", args.seed)
+        return {"use_valid": True, "valid_size": args.valid_size}
+    _warn("%s says nothing of a hold-out: the last %s images of %s are held out, and its network may have been trained on them "
+          "all the same", args.evaluate_from, args.valid_size or "--valid_size", stored)
+    return {"order": read_file(stored), "valid_size": args.valid_size}
 
 
-def _is_like(value: Any, example: Any) -> bool:
-    # Defaults of the command line are the examples; only the number of classes has none.
-    if isinstance(example, list):
-        return isinstance(value, list) and value and all(_is_like(v, example[0]) for v in value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return isinstance(example, (int, type(None))) and 0 < value <= 100_000
-    return type(value) is type(example) and not (isinstance(value, float) and not math.isfinite(value))
+def _warn(message: str, *values: Any) -> None:
+    if distributed.is_main():
+        logging.getLogger("boostnet").warning(message, *values)
 
 
 def _take_over_temperatures(args: argparse.Namespace, stored: list[float]) -> None:
@@ -105,16 +128,14 @@ def _take_over_temperatures(args: argparse.Namespace, stored: list[float]) -> No
     args.ensemble_reweight = stored
 
 
-def restore(args: argparse.Namespace, saved: dict[str, Any]) -> BoostedNet:
+def restore(spec: NetworkSpec, saved: dict[str, Any], source: str | Path) -> BoostedNet:
     """The network of a checkpoint, with its weights.
 
     Raises:
         UserError: when the weights are another network's.
     """
-    # Of a checkpoint here the temperatures that it was trained with: --ensemble_reweight may say how else to add its exits up.
-    trained = {"ensemble_reweight": saved["temperatures"]} if "temperatures" in saved else {}
-    model = build_model(argparse.Namespace(**vars(args) | trained))
-    load_weights(model.backbone, saved["state_dict"], args.evaluate_from)
+    model = build_model(spec)
+    load_weights(model.backbone, saved["state_dict"], source)
     return model
 
 

@@ -8,13 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from utils.core.tables import millions
-from utils.options.catalog import TEMPERATURE
+from utils.options.catalog import ENSEMBLES, POLICIES, TEMPERATURE
 
 RESULTS = "results.json"   # what training leaves
-
-# What titles and legends call the ways to read exits (--ensemble) and to leave (--policy).
-ENSEMBLES = {"none": "each exit alone", "boost": "exits added up", "average": "exits averaged", "poe": "product of exits"}
-LEAVING = {"entropy": "leaving by entropy", "margin": "leaving by margin", "patience": "leaving by patience"}
 
 
 class Family(NamedTuple):
@@ -71,7 +67,7 @@ def describe(about: Mapping[str, Any]) -> str:
 def reading_words(about: Mapping[str, Any]) -> list[str]:
     """What is not usual in how a result file's exits were read."""
     temperatures = unusual_temperatures(about)
-    words = (ENSEMBLES.get(about.get("ensemble")), temperatures and f"t = {temperatures}", LEAVING.get(about.get("policy")))
+    words = (ENSEMBLES.get(about.get("ensemble")), temperatures and f"t = {temperatures}", POLICIES.get(about.get("policy")))
     return [word for word in words if word]
 
 

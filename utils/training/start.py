@@ -8,8 +8,9 @@ from models import BoostedNet
 from utils import __version__
 from utils.core import distributed
 from utils.core.errors import UserError
-from utils.methods import METHODS
-from utils.options import catalog
+from utils.core.log import note
+from utils.methods import method_class
+from utils.options.catalog import METHODS
 from utils.options.flags import MAY_DIFFER
 from utils.options.parser import shown
 from utils.runs import checkpoint
@@ -23,10 +24,12 @@ def load_start(args: argparse.Namespace, model: BoostedNet, data) -> None:
     Raises:
         UserError: when they do not fit, when they may come from images that this run holds out, or when the method needs some.
     """
-    second_stage = catalog.METHODS[args.method].second_stage
+    second_stage = METHODS[args.method].second_stage
     if args.checkpoint:
-        start = checkpoint.load(args.checkpoint)
-        METHODS[args.method].load_start(model, start, args.checkpoint)
+        start = checkpoint.load(args.checkpoint, args.checkpoint_key)
+        new = method_class(args.method).load_start(model, start, args.checkpoint, new_classifier=args.new_classifier)
+        if args.new_classifier:
+            note(f"--new_classifier: {len(new)} tensors of the classifiers start anew, all others are those of {args.checkpoint}")
         if second_stage or is_of_same_data(start, data):
             require_same_hold_out(start, data, args.checkpoint)
     elif second_stage:
