@@ -23,6 +23,27 @@ def test_split_follows_the_seed():
     assert Split.draw(LABELS, 10, seed=0).hash != Split.draw(LABELS, 10, seed=1).hash
 
 
+def test_the_images_held_out_are_drawn_by_the_seed_from_the_whole_set():
+    """Labels in the order of class folders: the first images would be one class only. The numbers are frozen: runs know them."""
+    by_class = torch.arange(40) // 4
+    first, second = (Split.draw(by_class, 10, seed).valid_index.tolist() for seed in (0, 1))
+    assert first == [1, 6, 11, 13, 17, 25, 28, 34, 36, 38]
+    assert second == [2, 5, 12, 14, 21, 28, 30, 33, 38, 39]
+    many = torch.arange(5000) // 500
+    split = Split.draw(many, 500, seed=0)
+    for index in (split.valid_index, split.train_index):
+        assert set(many[index].tolist()) == set(range(10))
+    assert torch.bincount(many[split.valid_index]).min() > 25
+
+
+@pytest.mark.parametrize(("seed", "epoch", "order"), [(0, 0, [6, 11, 9, 8, 4, 1, 5, 0, 2, 3, 10, 7]),
+                                                      (0, 1, [7, 5, 8, 6, 2, 10, 3, 4, 1, 11, 0, 9]),
+                                                      (1, 0, [1, 6, 8, 11, 5, 3, 9, 0, 4, 7, 10, 2])])
+def test_the_order_of_images_follows_from_seed_and_epoch(seed, epoch, order):
+    """The numbers are frozen: a resumed run of an older version goes on with them."""
+    assert plan_training(torch.arange(12), batch_size=5, seed=seed, epoch=epoch).index.tolist() == order
+
+
 def test_hash_covers_size_labels_and_index():
     split = Split.draw(LABELS, 10, seed=0)
     others = [
