@@ -10,21 +10,21 @@ follow from (seed, epoch, image) in both cases, and nothing waits for the device
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from utils.core.distributed import first_rank_first
 from utils.core.errors import UserError
 from utils.data import cifar
 from utils.data.augment import statistics_of
 from utils.data.batches import Batch, Batches, Data
 from utils.data.decoders import DECODERS
 from utils.data.device_images import DeviceImages
-from utils.data.folders import scan_once
+from utils.data.folders import TEST_NAMES, Listing, find_root_nearby, list_classes, scan_parts
 from utils.data.glyphs import read_glyphs
 from utils.data.large_images import FolderImages
 from utils.data.small_images import read_class_folders
@@ -39,8 +39,8 @@ logger = logging.getLogger("boostnet")
 def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, batch_size: int = 64,
                eval_batch_size: int = 256, device: str | torch.device = "cpu", seed: int = 0, use_valid: bool = False,
                valid_size: int | None = None, split: Split | None = None, order: Tensor | None = None,
-               augment_valid: bool = False, workers: int = 4,
-               val_workers: int = 1, decoder: str = "pillow", skip_unreadable: bool = False, rank: int = 0, world: int = 1,
+               augment_valid: bool = False, workers: int = 4, val_workers: int = 1, decoder: str = "pillow",
+               skip_unreadable: bool = False, needs_train: bool = True, rank: int = 0, world: int = 1,
                quiet: bool = False) -> Data:
     """Open a data set.
 
@@ -56,6 +56,7 @@ def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, bat
         workers, val_workers: decoding processes for training and evaluation; images on the device need none.
         decoder: what decodes large images, one of `utils.data.decoders.DECODERS`.
         skip_unreadable: leave large images that cannot be read out instead of stopping.
+        needs_train: False takes the test images alone where there are no training images.
         rank, world: this process and how many there are.
         quiet: no progress bars.
     Raises:
@@ -69,31 +70,32 @@ def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, bat
         raise UserError(f"unknown decoder {decoder!r}; choose one of {', '.join(DECODERS)}")
     statistics = statistics_of(dataset, image_size)
     if dataset == "imagenet" or image_size != 32:
-        train, test = _first_rank_first(
-            lambda: scan_once(data_root, ("val", "test") if dataset == "imagenet" else ("test", "val")), rank)
-        class_names = train.class_names
+        train, test = _list_folders(data_root, ("val", "test") if dataset == "imagenet" else TEST_NAMES, needs_train, rank == 0)
+        class_names = test.class_names
         train_set, valid_set, test_set = (
-            FolderImages(listing, statistics=statistics, image_size=image_size, device=device, workers=n,
-                         decoder=decoder, skip_unreadable=skip_unreadable)
+            listing and FolderImages(listing, statistics=statistics, image_size=image_size, device=device, workers=n,
+                                     decoder=decoder, skip_unreadable=skip_unreadable)
             for listing, n in ((train, workers), (train, val_workers), (test, val_workers)))
     else:
-        arrays = _first_rank_first(lambda: _read_small_images(dataset, data_root, quiet or rank > 0, rank == 0), rank)
+        arrays = first_rank_first(lambda: _read_small_images(dataset, data_root, needs_train, rank == 0, quiet or rank > 0))
         class_names = arrays["class_names"].tolist()
         train_set, test_set = (
             DeviceImages(arrays[f"{part}_images"], arrays[f"{part}_labels"], statistics=statistics,
                          flips=dataset != "glyphs", device=device)  # a mirrored 5 is nearly a 2
+            if f"{part}_images" in arrays else None
             for part in ("train", "test"))
         valid_set = train_set
     num_classes = _count_classes(dataset, class_names, data_root)
-    for labels in (train_set.labels, test_set.labels):
+    for labels in (images.labels for images in (train_set, test_set) if images):
         if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise UserError(f"{data_root} has labels from {int(labels.min())} to {int(labels.max())}; {dataset} has "
                             f"{num_classes} classes, 0 to {num_classes - 1}")
     if split is not None:
-        split.check(train_set.labels)
-    elif order is not None:
+        if train_set:
+            split.check(train_set.labels)
+    elif order is not None and train_set:
         split = _split_of_order(order, train_set.labels, dataset, data_root, valid_size or DATASETS[dataset].valid_size)
-    elif use_valid:
+    elif use_valid and train_set:
         size = valid_size or DATASETS[dataset].valid_size or len(train_set.labels) // 10
         split = Split.draw(train_set.labels, size, seed)
     return Data(train_set, valid_set, test_set, class_names=class_names, num_classes=num_classes, image_size=image_size,
@@ -110,28 +112,39 @@ def _split_of_order(order: Tensor, labels: Tensor, dataset: str, data_root: Path
     return Split.from_permutation(labels, order, valid_size)
 
 
-def _read_small_images(dataset: str, data_root: Path, quiet: bool, may_download: bool) -> dict[str, Any]:
+def _list_folders(data_root: Path, test_names: Sequence[str], needs_train: bool,
+                  report: bool) -> tuple[Listing | None, Listing]:
+    """Training and test listing; with `report` the log says what is left out."""
+    train, test = scan_parts(data_root, test_names, needs_train)
+    if report:
+        for listing in filter(None, (train, test)):
+            listing.report_left_out()
+        for name in test_names:
+            if name != test.folder.name and (data_root / name).is_dir():
+                logger.warning("%s: the test images are those in %s; %s is left out", data_root, test.folder.name, name)
+    return train, test
+
+
+def _read_small_images(dataset: str, data_root: Path, needs_train: bool, is_first: bool, quiet: bool) -> dict[str, Any]:
     if dataset == "glyphs":
         return read_glyphs(data_root, quiet)
     if dataset in cifar.ARCHIVES:
         archive = cifar.archive_folder(data_root, dataset)
-        if may_download and not archive.is_dir() and not (data_root / "train").is_dir():
-            cifar.download(data_root, dataset)
+        present = ("train",) if needs_train else ("train", *TEST_NAMES)
+        if not archive.is_dir() and not any((data_root / name).is_dir() for name in present):
+            if near := find_root_nearby(data_root, lambda folder: _is_cifar_root(folder, dataset)):
+                raise UserError(f"{data_root} has no {dataset}, but {near} has; pass --data-root {near}")
+            if is_first:
+                cifar.download(data_root, dataset)
         if archive.is_dir():
-            return cifar.read_archive(data_root, dataset)
-    return read_class_folders(data_root, 32, quiet)
+            return cifar.read_archive(data_root, dataset, needs_train)
+    return read_class_folders(data_root, *_list_folders(data_root, TEST_NAMES, needs_train, is_first), 32, quiet)
 
 
-def _first_rank_first(read: Callable[[], Any], rank: int) -> Any:
-    """`read()` on rank 0 before all others, who then find the download and the cache in place."""
-    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if together and rank > 0:
-        dist.barrier()
-    try:
-        return read()
-    finally:
-        if together and rank == 0:
-            dist.barrier()
+def _is_cifar_root(folder: Path, dataset: str) -> bool:
+    if cifar.archive_folder(folder, dataset).is_dir():
+        return True
+    return (folder / "train").is_dir() and len(list_classes(folder / "train")) == DATASETS[dataset].num_classes
 
 
 def _count_classes(dataset: str, class_names: list[str], data_root: Path) -> int:

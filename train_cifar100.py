@@ -26,7 +26,7 @@ from utils.runs.folder import claim, epochs_begun, find_run, start_run, stored_s
 from utils.runs.restore import build_model, describe
 from utils.training.fast_forward import training_forward
 from utils.training.optim import Schedule, build_optimizer
-from utils.training.start import load_start, require_same_flags, require_same_start
+from utils.training.start import introduce, load_start, require_same_flags, require_same_start
 from utils.training.trainer import Trainer
 
 
@@ -75,6 +75,7 @@ def train(args: Namespace, device: torch.device, signals: StopSignals) -> int:
         method = build_method(args, model, optimizer, network=network, teacher=teacher)
 
         run = start_run(args, data, device, saved)
+        introduce(args, data, model, device)
         description = describe(spec, model, data, dataset=args.dataset, seed=args.seed)
         trainer = Trainer(method, data, run, schedule=schedule, description=description, epochs=args.epochs,
                           start_epoch=args.start_epoch, print_freq=args.print_freq,

@@ -1,7 +1,12 @@
 """Reading, caching and augmenting small images."""
 
+import errno
 import os
 import pickle
+import tempfile
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +16,11 @@ from PIL import Image, ImageOps
 
 from dataloader import build_data
 from utils.core.errors import UserError
+from utils.core.files import LEFT_OVER_S, TEMPORARY
 from utils.data import cache as array_cache
+from utils.data import cifar, glyphs
 from utils.data import small_images as images
-from utils.data.augment import CIFAR_STATISTICS, CropFlip, Normalise
+from utils.data.augment import CIFAR_STATISTICS, CropFlip, Normalise, statistics_of
 from utils.data.split import Split
 
 
@@ -74,6 +81,19 @@ def test_augmented_batch_equals_per_image_pad_crop_flip_and_torchvision_normalis
         image = padded.crop((dx[i], dy[i], dx[i] + 32, dy[i] + 32))
         image = ImageOps.mirror(image) if flip[i] else image
         assert torch.equal(got[row], normalise(to_tensor(image)))
+
+
+@pytest.mark.parametrize(("dataset", "size", "white", "black"), [
+    ("cifar100", 32, [(1 - 0.5071) / 0.2675, (1 - 0.4867) / 0.2565, (1 - 0.4408) / 0.2761],
+     [-0.5071 / 0.2675, -0.4867 / 0.2565, -0.4408 / 0.2761]),
+    ("folder", 32, [1.8426, 2.0012, 2.0253], [-1.8957, -1.8975, -1.5965]),
+    ("imagenet", 224, [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225],
+     [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]),
+    ("folder", 224, [2.2489, 2.4286, 2.64], [-2.1179, -2.0357, -1.8044])])
+def test_normalisation_uses_the_published_statistics(dataset, size, white, black):
+    images = torch.tensor([255, 0], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 2, 2)
+    normalised = Normalise(*statistics_of(dataset, size))(images)
+    torch.testing.assert_close(normalised[:, :, 0, 0], torch.tensor([white, black]), rtol=1e-4, atol=1e-4)
 
 
 def test_every_crop_and_flip_is_drawn_equally_often():
@@ -343,6 +363,52 @@ def test_interrupted_cache_write_leaves_no_file(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test", "train"]
 
 
+def test_a_cache_folder_that_may_not_be_searched_does_not_keep_the_data_from_being_read():
+    def build():
+        return {"x": np.arange(3)}
+
+    with tempfile.TemporaryDirectory() as root:
+        os.chmod(root, 0o777)
+        home, beside = Path(root, "home"), Path(root, "cache.npz")
+        array_cache.load_or_build([beside], "other", build)   # now everything is imported
+        beside.unlink()
+        home.mkdir()
+        home.chmod(0o000)
+        try:
+            if not os.getuid():
+                os.seteuid(65534)   # root, as which a container may run the tests, may search everything
+            assert array_cache.load_or_build([home / "boostnet/x.npz", beside], "key", build)["x"].tolist() == [0, 1, 2]
+            assert beside.exists()
+        finally:
+            os.seteuid(os.getuid())
+            home.chmod(0o700)
+
+
+@pytest.mark.parametrize("home", [None, "relative"])
+def test_without_a_home_folder_no_folder_of_that_name_is_made(tmp_path, monkeypatch, home):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    if home:
+        monkeypatch.setenv("XDG_CACHE_HOME", home)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)   # what Python answers for a user it knows nothing of
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(glyphs, "SIZES", {"train": 4, "test": 2})
+    build_data(dataset="glyphs", data_root="data", quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [".boostnet_glyphs.npz"]
+
+
+def test_what_killed_processes_left_of_a_cache_is_removed_and_what_another_writes_is_not(tmp_path):
+    make_folder(tmp_path)
+    cache = tmp_path / ".boostnet_images.npz"
+    dead, alive = (cache.with_name(f"{cache.name}{TEMPORARY}{number}") for number in (99999999, 99999998))
+    for path in (dead, alive):
+        path.write_bytes(b"half")
+    os.utime(dead, (time.time() - 2 * LEFT_OVER_S,) * 2)
+    open_folder(tmp_path)
+    assert not dead.exists() and alive.exists() and cache.exists()
+
+
 def write_archive(root, protocol=2):
     """A small cifar-100-python folder; returns training pixels (n, 3, 32, 32)."""
     folder = root / "cifar-100-python"
@@ -355,7 +421,7 @@ def write_archive(root, protocol=2):
     return pixels.reshape(-1, 3, 32, 32)
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_python_archive_is_read_directly(tmp_path, protocol):
     pixels = write_archive(tmp_path, protocol)
     data = build_data(dataset="cifar100", data_root=tmp_path)
@@ -417,26 +483,173 @@ def test_archive_that_unpickles_to_something_else_is_named_as_damaged(tmp_path, 
     assert "\n" not in str(caught.value)
 
 
+def test_archive_that_was_written_anew_with_keys_of_bytes_is_read(tmp_path):
+    write_archive(tmp_path)
+    for path in (tmp_path / "cifar-100-python").iterdir():
+        content = pickle.loads(path.read_bytes())
+        encoded = {key.encode(): [name.encode() for name in value] if key == "fine_label_names" else value
+                   for key, value in content.items()}
+        path.write_bytes(pickle.dumps(encoded))
+    data = build_data(dataset="cifar100", data_root=tmp_path)
+    assert data.n_train == 8 and data.class_names[3] == "class03"
+
+
+def test_a_warning_of_numpys_does_not_make_an_archive_damaged(tmp_path, monkeypatch):
+    write_archive(tmp_path)
+    load = pickle.Unpickler.load
+
+    def load_and_warn(self):
+        warnings.warn("dtype(): align should be passed as Python or NumPy boolean", stacklevel=1)
+        return load(self)
+
+    monkeypatch.setattr(cifar._ArrayUnpickler, "load", load_and_warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert build_data(dataset="cifar100", data_root=tmp_path).n_train == 8
+
+
+def test_only_a_damaged_archive_is_to_be_deleted(tmp_path, monkeypatch):
+    write_archive(tmp_path)
+    file = tmp_path / "cifar-100-python/train"
+    content = file.read_bytes()
+    file.write_bytes(content[:1000])
+    with pytest.raises(UserError, match="is damaged.*to download it again"):
+        build_data(dataset="cifar100", data_root=tmp_path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="is missing; .* has to be the whole") as missing:
+        build_data(dataset="cifar100", data_root=tmp_path)
+    file.write_bytes(content)
+
+    def refuse(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    monkeypatch.setattr(cifar._ArrayUnpickler, "load", refuse)
+    with pytest.raises(PermissionError) as unreadable:
+        build_data(dataset="cifar100", data_root=tmp_path)
+    assert "download" not in str(missing.value) + str(unreadable.value)
+
+
+def no_download(monkeypatch):
+    import torchvision.datasets
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", lambda *_, **__: pytest.fail("a download was tried"))
+
+
+@pytest.mark.parametrize("wrong", ["data/cifar-100-python", ""])
+def test_an_archive_one_level_off_is_named_before_anything_is_downloaded(tmp_path, monkeypatch, wrong):
+    no_download(monkeypatch)
+    write_archive(tmp_path / "data")
+    with pytest.raises(UserError, match=f"no cifar100, but {tmp_path}/data has; pass --data-root {tmp_path}/data"):
+        build_data(dataset="cifar100", data_root=tmp_path / wrong)
+
+
+@pytest.mark.parametrize("wrong", ["cifar100/train", ""])
+def test_class_folders_one_level_off_are_named_before_anything_is_downloaded(tmp_path, monkeypatch, wrong):
+    no_download(monkeypatch)
+    make_folder(tmp_path / "cifar100", n_train=1, n_test=1, classes=[f"c{i:02}" for i in range(100)])
+    with pytest.raises(UserError, match=f"pass --data-root {tmp_path}/cifar100"):
+        build_data(dataset="cifar100", data_root=tmp_path / wrong)
+
+
+def test_other_data_nearby_do_not_keep_cifar_from_being_downloaded(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    make_folder(tmp_path / "data/others", n_train=1, n_test=1)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", lambda root, train, download: write_archive(Path(root)))
+    assert build_data(dataset="cifar100", data_root=tmp_path / "data").n_train == 8
+
+
+def test_test_images_of_an_archive_or_of_class_folders_are_enough_where_no_others_are_needed(tmp_path, monkeypatch):
+    no_download(monkeypatch)
+    write_archive(tmp_path)
+    (tmp_path / "cifar-100-python/train").unlink()
+    with pytest.raises(FileNotFoundError, match="train is missing"):
+        build_data(dataset="cifar100", data_root=tmp_path)
+    data = build_data(dataset="cifar100", data_root=tmp_path, needs_train=False)
+    assert (data.n_train, data.n_test) == (0, 8) and data.class_names[3] == "class03"
+    folders = tmp_path / "folders"
+    make_folder(folders, n_train=1, n_test=2)
+    whole = open_folder(folders)
+    (folders / "train").rename(tmp_path / "elsewhere")
+    data = build_data(dataset="cifar100", data_root=folders, needs_train=False, quiet=True)
+    assert torch.equal(data._test_set.images, whole._test_set.images) and data.n_train == 0
+
+
 def test_absent_cifar_is_downloaded_by_torchvision(tmp_path, monkeypatch):
     import torchvision.datasets
 
     calls = []
 
     def fake_download(root, train, download):
-        calls.append((root, download))
+        calls.append(download)
+        assert Path(root).parent == tmp_path / "data"   # beside the place where it will be, and moved there as a whole
         write_archive(Path(root))
+        (Path(root) / "cifar-100-python.tar.gz").write_bytes(b"packed")
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", fake_download)
-    assert build_data(dataset="cifar100", data_root=tmp_path / "data").n_train == 8
-    assert build_data(dataset="cifar100", data_root=tmp_path / "data").n_train == 8
-    assert calls == [(str(tmp_path / "data"), True)]
+    for _ in range(2):
+        assert build_data(dataset="cifar100", data_root=tmp_path / "data").n_train == 8
+    assert calls == [True]
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["cifar-100-python", "cifar-100-python.tar.gz"]
+
+
+def test_a_download_that_was_killed_while_unpacking_begins_anew(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    def killed(root, train, download):
+        write_archive(Path(root))
+        (Path(root) / "cifar-100-python/train").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cifar.shutil, "rmtree", lambda *_, **__: None)   # as if the process ended there
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_data(dataset="cifar100", data_root=tmp_path)
+    assert not (tmp_path / "cifar-100-python").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", lambda root, train, download: write_archive(Path(root)))
+    assert build_data(dataset="cifar100", data_root=tmp_path).n_train == 8
+
+
+def test_of_two_first_starts_one_downloads_and_the_other_waits_for_it(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    calls = []
+
+    def slow(root, train, download):
+        calls.append(root)
+        (Path(root) / "cifar-100-python").mkdir()
+        time.sleep(0.5)
+        (Path(root) / "cifar-100-python").rmdir()
+        write_archive(Path(root))
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", slow)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(build_data, dataset="cifar100", data_root=tmp_path) for _ in range(2)]
+        assert [run.result().n_train for run in runs] == [8, 8]
+    assert len(calls) == 1
+
+
+def test_an_archive_downloaded_by_hand_is_used_and_stays(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    packed = tmp_path / "cifar-100-python.tar.gz"
+    packed.write_bytes(b"packed")
+
+    def unpack(root, train, download):
+        assert (Path(root) / packed.name).read_bytes() == b"packed"
+        write_archive(Path(root))
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", unpack)
+    assert build_data(dataset="cifar100", data_root=tmp_path).n_train == 8
+    assert packed.read_bytes() == b"packed" and not packed.is_symlink()
 
 
 def test_failed_download_says_what_to_put_where(tmp_path, monkeypatch):
     import torchvision.datasets
 
     def no_network(root, train, download):
-        os.makedirs(root)
+        os.makedirs(root, exist_ok=True)
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", no_network)

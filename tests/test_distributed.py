@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from utils.core import distributed, errors
 from utils.core.errors import UserError
 from utils.core.lock import locked
 from utils.core.machine import choose_device
+from utils.core.signals import StopSignals
 from utils.evaluation import modes as evaluation
 from utils.options.network import NetworkSpec
 from utils.runs import checkpoint
@@ -253,6 +255,46 @@ def test_restarted_processes_on_one_machine_find_no_addresses_of_dead_ones(monke
             pass
     stores[0].set("address", "127.0.0.1")
     assert stores[1].check(["address"]) == (not fresh)
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This process is the second one; returns the store that both use."""
+    store = torch.distributed.HashStore()
+    for name, value in (("world_size", lambda: 2), ("rank", lambda: 1), ("_store", store), ("_turns", 0), ("POLL_S", 0.01)):
+        monkeypatch.setattr(distributed, name, value)
+    return store
+
+
+def test_the_other_processes_wait_for_the_first_one_to_prepare_the_data(second_of_two, monkeypatch):
+    order = []
+
+    def prepare():
+        order.append("first")
+        second_of_two.set("turn1", "")
+
+    timer = threading.Timer(0.3, prepare)
+    timer.start()
+    assert distributed.first_rank_first(lambda: order.append("second") or 7) == 7 and order == ["first", "second"]
+    monkeypatch.setattr(distributed, "PATIENCE_S", 0)
+    with pytest.raises(UserError, match="first process has not prepared the data"):
+        distributed.first_rank_first(lambda: pytest.fail("read too early"))
+
+
+def test_a_signal_is_answered_while_a_process_waits_for_the_first_one(second_of_two):
+    timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    timer.start()
+    with StopSignals(begun=False), pytest.raises(SystemExit):
+        distributed.first_rank_first(lambda: pytest.fail("read too early"))
+
+
+def test_the_first_process_lets_the_others_go_on_when_it_fails_as_well(second_of_two, monkeypatch):
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    for turn in (1, 2):
+        assert not second_of_two.check([f"turn{turn}"])
+        with pytest.raises(ZeroDivisionError):
+            distributed.first_rank_first(lambda: 1 // 0)
+        assert second_of_two.check([f"turn{turn}"])
 
 
 def test_a_backend_that_the_device_cannot_use_is_refused(monkeypatch):

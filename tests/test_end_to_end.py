@@ -52,6 +52,24 @@ def test_training_leaves_results_log_and_tensorboard(run):
     assert wanted <= set(events.Tags()["scalars"])
 
 
+def test_the_log_says_first_what_is_trained_on_what(images, run):
+    first, second = (line.partition(" ")[2].partition(" ")[2] for line in (run / "train.log").read_text().splitlines()[:2])
+    assert first == f"folder ({images}): 40 training images of 3 classes, 8 held out, 12 test images"
+    macs, params = (json.loads((run / "results.json").read_text())["test"][name] for name in ("macs", "params"))
+    assert second.startswith(f"msdnet_ge, boost: 2 exits, {macs[0] / 1e6:.2f} to {macs[1] / 1e6:.2f} million MACs, "
+                             f"{params[0] / 1e6:.2f} to {params[1] / 1e6:.2f} million parameters; on cpu (")
+
+
+def test_anytime_evaluation_needs_the_test_images_alone(images, run, tmp_path, capsys):
+    alone = tmp_path / "images"
+    shutil.copytree(images / "test", alone / "test")
+    assert _evaluate(images, run, "--result_dir", str(tmp_path / "whole")) == 0
+    assert _evaluate(alone, run, "--result_dir", str(tmp_path / "alone")) == 0
+    whole, few = (json.loads((tmp_path / name / "anytime.json").read_text()) for name in ("whole", "alone"))
+    assert {**whole, "name": None} == {**few, "name": None}
+    tiny.one_line_error(capsys, lambda: _evaluate(alone, run, "--evalmode", "dynamic"))
+
+
 def test_training_accuracy_of_an_epoch_is_that_of_its_own_forward_passes(images, tmp_path):
     """A learning rate of almost zero leaves the weights alone: the one forward pass of the epoch can be made again."""
     train_cifar100.main(tiny.command(images, tmp_path / "a", "--epochs", "1", "--lr_f", "1e-30", "--batch-size", "40"))

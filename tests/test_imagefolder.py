@@ -4,26 +4,31 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torch import nn
 from torch.utils.data import DataLoader
 
 import train_cifar100
 from dataloader import build_data
+from models import BoostedNet, MSDNet
 from utils.core.errors import UserError
-from utils.data import cache as array_cache
-from utils.data import folders as listing
 from utils.data import large_images as imagefolder
 from utils.data.augment import IMAGENET_STATISTICS
 from utils.data.decoders import DECODERS, PillowDecoder, decode, random_box, sample_generator, scaled_size
-from utils.data.folders import PackedStrings, scan
+from utils.data.folders import scan
+from utils.evaluation import predict as predictions
 from utils.evaluation.classify import read_images
+from utils.training import engine
+from utils.training.engine import EpochFigures
 
 SIZES = [(320, 240), (240, 321), (500, 260), (261, 262), (230, 400), (300, 300)]
 
@@ -288,6 +293,25 @@ def test_a_bad_file_alone_in_its_batch_is_left_out_like_any_other(damaged, tmp_p
     assert len(list(open_folder(damaged, batch_size=1, skip_unreadable=True).train(0))) == 12
 
 
+def test_predictions_of_the_images_that_could_be_read_are_gathered_with_as_many_positions(damaged, monkeypatch):
+    gathered = []
+    monkeypatch.setattr(predictions, "gather_samples", lambda x, index: gathered.append((x, index)) or x)
+    model = BoostedNet(MSDNet(n_blocks=1, n_channels=4, base=1, gr_factor=(1, 1, 1, 1), bn_factor=(1, 1, 1, 1),
+                              image_size=224), [0.5])
+    assert predictions.predict(model, open_folder(damaged, skip_unreadable=True).test()).n_samples == 11
+    assert len(gathered) == 2
+    for x, index in gathered:
+        assert x.shape[1] == len(index) == 11
+
+
+def test_a_share_without_a_readable_image_ends_several_processes_in_place_of_a_hang(monkeypatch):
+    monkeypatch.setattr(engine, "world_size", lambda: 2)
+    method = SimpleNamespace(network=nn.Identity(), step=None)
+    batch = (torch.zeros(0, 3, 32, 32), torch.zeros(0, dtype=torch.int64), 0.0)
+    with pytest.raises(UserError, match="a batch without an image that can be read"):
+        engine.train_epoch(method, [batch], EpochFigures(1, torch.device("cpu")), after_step=lambda step: False)
+
+
 def test_batch_without_one_readable_image_is_an_error(damaged):
     for name in ("train/n01", "train/n02"):
         for path in (damaged / name).iterdir():
@@ -296,32 +320,109 @@ def test_batch_without_one_readable_image_is_an_error(damaged):
         list(open_folder(damaged, skip_unreadable=True).train(0))
 
 
-def test_files_are_listed_once_and_again_when_a_class_folder_changes(tmp_path, monkeypatch):
+def test_images_added_under_equal_times_are_seen_at_the_next_start(tmp_path):
     make_folder(tmp_path)
-    scanned = []
-    real = listing.scan
-    monkeypatch.setattr(listing, "scan", lambda folder: scanned.append(folder) or real(folder))
-    assert open_folder(tmp_path).n_train == 12 and len(scanned) == 2
-    assert open_folder(tmp_path).n_train == 12 and len(scanned) == 2
-    picture(300, 300).save(tmp_path / "train/n02/new.JPEG")
-    assert open_folder(tmp_path).n_train == 13 and len(scanned) == 4
-    (tmp_path / ".boostnet_files.npz").write_bytes(b"damaged")
-    assert open_folder(tmp_path).n_train == 13 and len(scanned) == 6
-
-
-def test_list_of_read_only_data_is_kept_in_the_users_cache_folder(tmp_path, cache_home, monkeypatch):
-    make_folder(tmp_path)
-    real = array_cache.atomic_write
-
-    def refuse_beside_the_data(path):
-        if tmp_path in Path(path).parents:
-            raise PermissionError("read-only")
-        return real(path)
-
-    monkeypatch.setattr(array_cache, "atomic_write", refuse_beside_the_data)
-    open_folder(tmp_path)
-    monkeypatch.setattr(listing, "scan", None)
+    folder = tmp_path / "train/n02"
+    before = folder.stat()
     assert open_folder(tmp_path).n_train == 12
+    picture(300, 300).save(folder / "new.JPEG")
+    os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert open_folder(tmp_path).n_train == 13
+    for name in ("new.JPEG", "n02_0.JPEG"):
+        (folder / name).unlink()
+    os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+    data = open_folder(tmp_path)
+    assert data.n_train == 11 and sum(len(batch.labels) for batch in data.train(0)) == 11
+
+
+def test_folders_inside_a_class_and_all_formats_are_read_as_torchvision_reads_them(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    make_folder(tmp_path)
+    for place in ("n01/b", "n01/b/c", "n01/b-c", "n02/Z"):
+        (tmp_path / "train" / place).mkdir(parents=True)
+        for suffix in ("jpg", "JPEG", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp"):
+            picture(40, 40).save(tmp_path / "train" / place / f"x.{suffix}")
+    files = scan(tmp_path / "train")
+    reference = ImageFolder(tmp_path / "train")
+    assert [(files.path(i), label) for i, label in enumerate(files.labels.tolist())] == reference.samples
+    assert len(reference.samples) == 12 + 36 and not files.left_out
+    assert sum(len(batch.labels) for batch in open_folder(tmp_path).train(0)) == 48
+
+
+def test_what_is_left_out_is_said_once_with_its_kinds(tmp_path, caplog):
+    make_folder(tmp_path)
+    for name in ("1.gif", "2.GIF", "3.svg", "README", ".DS_Store", "._1.png"):
+        (tmp_path / "train/n01" / name).write_bytes(b"")
+    (tmp_path / "train/n02/gone.png").symlink_to("nowhere")
+    (tmp_path / "train/n02/around").symlink_to("..")
+    picture(40, 40).save(tmp_path / "train/loose.png")
+    open_folder(tmp_path)
+    [record] = caplog.records
+    message = record.getMessage()
+    assert "train: 9 files and links left out" in message
+    for part in ("2 .gif", "1 .svg", "1 without extension", "2 hidden"):
+        assert part in message
+    assert scan(tmp_path / "train").left_out["images outside class folders"] == 1
+    assert scan(tmp_path / "train").left_out["dangling links"] == 1
+    caplog.clear()
+    open_folder(tmp_path, rank=1, world=2)
+    assert not caplog.text   # the first process speaks for all
+
+
+def test_a_link_to_a_folder_around_it_ends_no_scan(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "train/n01/inner").mkdir()
+    picture(40, 40).save(tmp_path / "train/n01/inner/x.png")
+    (tmp_path / "train/n01/inner/up").symlink_to("..")
+    files = scan(tmp_path / "train")
+    assert len(files.files) == 13 and files.left_out == {"links to a folder around them": 1}
+
+
+@pytest.mark.parametrize("dataset", ["folder", "imagenet"])
+def test_a_complete_val_beside_a_flat_test_is_taken_and_said(tmp_path, caplog, dataset):
+    make_folder(tmp_path)
+    (tmp_path / "test/images").mkdir(parents=True)
+    picture(300, 300).save(tmp_path / "test/images/unlabelled.JPEG")
+    assert open_folder(tmp_path, dataset=dataset).n_test == 12
+    assert "the test images are those in val; test is left out" in caplog.text
+
+
+def test_tiny_imagenets_flat_val_is_refused_with_what_to_move_where(tmp_path):
+    make_folder(tmp_path, "unused")
+    (tmp_path / "test/images").mkdir(parents=True)
+    (tmp_path / "val/images").mkdir(parents=True)
+    lines = []
+    for i, name in enumerate(("n01", "n02", "n01")):
+        picture(64, 64, seed=i).save(tmp_path / f"val/images/val_{i}.JPEG")
+        lines.append(f"val_{i}.JPEG\t{name}\t0\t0\t63\t63\n")
+    (tmp_path / "val/val_annotations.txt").write_text("".join(lines))
+    with pytest.raises(UserError, match="val_annotations.txt; move each image to") as caught:
+        open_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+    subprocess.run(["bash", "-ec", str(caught.value).partition("for example: ")[2]], check=True)
+    data = open_folder(tmp_path)
+    assert data.n_test == 3 and torch.cat([batch.labels for batch in data.test()]).tolist() == [0, 0, 1]
+
+
+def test_test_images_are_enough_where_no_others_are_needed(tmp_path):
+    make_folder(tmp_path)
+    whole = open_folder(tmp_path, use_valid=True, valid_size=4)
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="train: no such folder"):
+        open_folder(tmp_path)
+    data = open_folder(tmp_path, needs_train=False, split=whole.split)
+    assert (data.n_train, data.n_valid, data.n_test, data.class_names) == (0, 4, 12, ["n01", "n02"])
+    assert torch.equal(images_of(data.test()), images_of(whole.test()))
+    with pytest.raises(UserError, match="no training images here"):
+        data.valid()
+
+
+def test_a_root_one_level_off_is_named(tmp_path):
+    make_folder(tmp_path / "data/mine")
+    for wrong in ("data", "data/mine/train"):
+        with pytest.raises(FileNotFoundError, match=f"pass --data-root {tmp_path}/data/mine"):
+            open_folder(tmp_path / wrong)
 
 
 def test_imagenet_takes_val_even_beside_a_flat_test_folder(tmp_path, caplog):
@@ -353,11 +454,13 @@ def test_links_that_lead_to_themselves_are_left_out_like_links_that_lead_nowhere
     assert list(files.files) == before and files.class_names == ["n01", "n02"]
 
 
-def test_packed_strings_are_the_strings():
-    strings = ["n01/a.JPEG", "", "n02/köln 1.png", "n02/" + os.fsdecode(b"\xff.png")]
-    packed = PackedStrings.pack(strings)
-    assert list(packed) == strings and len(packed) == 4
-    assert list(PackedStrings.pack([])) == []
+def test_names_that_are_no_text_are_listed(tmp_path):
+    names = ["n01/a b.png", "n01/köln.png", "n01/" + os.fsdecode(b"\xff.png")]
+    (tmp_path / "n01").mkdir()
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    files = scan(tmp_path)
+    assert [files.path(i) for i in range(3)] == [f"{tmp_path}/{name}" for name in sorted(names)]
 
 
 def test_unknown_or_missing_decoder_is_reported(folder, monkeypatch):

@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,18 @@ from utils.core.errors import UserError, let_others_speak
 
 # A rank that waits this long for another one gives up; the launcher then ends the job.
 TIMEOUT = timedelta(minutes=10)
+# Seconds that the others wait for the first process to prepare the data, and from one look to the next.
+PATIENCE_S, POLL_S = 24 * 3600, 0.1
 
 # What torchrun puts into the environment of every process, for them to find each other.
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 logger = logging.getLogger("boostnet")
+T = TypeVar("T")
+
+# Through which the processes of the group tell each other that one has gone first, and how often one has.
+_store: dist.Store | None = None
+_turns = 0
 
 
 @contextmanager
@@ -49,8 +57,10 @@ def process_group(device: torch.device, backend: str | None = None) -> Iterator[
     # torchrun keeps one store over its restarts, and the addresses of dead processes with it. A machine alone can tell its
     # starts apart by their number; several machines count them differently (docs/imagenet.md, "Two machines").
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if world == local_world_size() else "0"
-    dist.init_process_group(backend or ("nccl" if cuda else "gloo"), store=dist.PrefixStore(f"start{start}", store), rank=rank,
-                            world_size=world, timeout=TIMEOUT, device_id=device if cuda else None)
+    global _store
+    _store = dist.PrefixStore(f"start{start}", store)
+    dist.init_process_group(backend or ("nccl" if cuda else "gloo"), store=_store, rank=rank, world_size=world, timeout=TIMEOUT,
+                            device_id=device if cuda else None)
     try:
         yield
     except RuntimeError:
@@ -106,6 +116,31 @@ def rank() -> int:
 def is_main() -> bool:
     """True in the one process that writes files."""
     return rank() == 0
+
+
+def first_rank_first(read: Callable[[], T]) -> T:
+    """`read()` in the first process before all others, who then find a download or a cache in place.
+
+    They wait longer than for a step: to decode a data set on a slow file system may take hours.
+
+    Raises:
+        UserError: when it takes longer than PATIENCE_S.
+    """
+    global _turns
+    if world_size() == 1:
+        return read()
+    _turns += 1
+    done = f"turn{_turns}"
+    deadline = time.monotonic() + PATIENCE_S
+    while rank() > 0 and not _store.check([done]):   # no wait of the store's, which would keep signals waiting as well
+        if time.monotonic() > deadline:
+            raise UserError(f"the first process has not prepared the data within {PATIENCE_S // 3600} hours")
+        time.sleep(POLL_S)
+    try:
+        return read()
+    finally:
+        if rank() == 0:
+            _store.set(done, "")
 
 
 def differences(values: dict[str, Any]) -> dict[str, list[Any]]:

@@ -15,8 +15,13 @@ from utils.core.errors import UserError
 def versions(device: torch.device) -> dict[str, Any]:
     """What the figures of a run depend on besides its flags."""
     return {"python": platform.python_version(), "torch": str(torch.__version__), "platform": platform.platform(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+            "device": device_name(device),
             "threads": torch.get_num_threads(), "commit": _commit()}
+
+
+def device_name(device: torch.device) -> str:
+    """Model of the GPU or of the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def cpu_name() -> str:

@@ -59,6 +59,7 @@ class Data:
     """Training, hold-out and test images of one data set.
 
     Args:
+        train_set: None where only the test images are there.
         valid_set: the training images again, as the hold-out is read.
     Attributes:
         class_names: what the labels 0, 1, ... stand for.
@@ -67,25 +68,31 @@ class Data:
         split: which training images are held out, or None.
         augment_valid: whether the hold-out is read with training augmentation.
         n_train, n_valid, n_test: number of images on all ranks together.
-        labels_hash: of all training labels in file order; other data have another one.
+        labels_hash: of all training labels in file order; other data have another one. None without training images.
         data_hash: of class names, training and test labels.
     """
 
-    def __init__(self, train_set: DeviceImages | FolderImages, valid_set: DeviceImages | FolderImages,
+    def __init__(self, train_set: DeviceImages | FolderImages | None, valid_set: DeviceImages | FolderImages | None,
                  test_set: DeviceImages | FolderImages, *,
                  class_names: list[str], num_classes: int, image_size: int, split: Split | None, batch_size: int,
                  eval_batch_size: int, seed: int, rank: int, world: int, augment_valid: bool = False) -> None:
         self.class_names, self.num_classes, self.image_size, self.split = class_names, num_classes, image_size, split
         self._train_set, self._valid_set, self._test_set = train_set, valid_set, test_set
-        self._train_index = split.train_index if split else torch.arange(len(train_set.labels))
+        n_labels = len(train_set.labels) if train_set else 0
+        self._train_index = split.train_index if split and train_set else torch.arange(n_labels)
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self._seed, self._rank, self._world = seed, rank, world
         self.augment_valid = augment_valid
         self.n_train, self.n_test = len(self._train_index), len(test_set.labels)
         self.n_valid = len(split.valid_index) if split else 0
-        self.labels_hash = hash_labels(train_set.labels)
-        named = "\n".join([*class_names, self.labels_hash, hash_labels(test_set.labels)])
+        self.labels_hash = hash_labels(train_set.labels) if train_set else None
+        named = "\n".join([*class_names, str(self.labels_hash), hash_labels(test_set.labels)])
         self.data_hash = hashlib.sha256(named.encode(errors="surrogateescape")).hexdigest()
+
+    def __str__(self) -> str:
+        held_out = f"{self.n_valid:,}" if self.n_valid else "none"
+        return (f"{self.n_train:,} training images of {len(self.class_names):,} classes, {held_out} held out, "
+                f"{self.n_test:,} test images")
 
     def train(self, epoch: int, first_batch: int = 0) -> Batches:
         """Augmented batches of `epoch` from `first_batch` on; both order and augmentation follow from (seed, epoch)."""
@@ -105,6 +112,8 @@ class Data:
         """
         if self.split is None:
             raise UserError("there is no hold-out set; train with --use-valid to keep images for choosing thresholds")
+        if self._valid_set is None:
+            raise UserError("there are no training images here, of which the hold-out is a part")
         read = self._valid_set.read
         if self.augment_valid:
             read = partial(self._valid_set.read_augmented, seed=self._seed, epoch=epoch)

@@ -1,6 +1,7 @@
 """Arrays that are expensive to make, kept in one file and made again whenever their key or the file is not right."""
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable
@@ -8,14 +9,24 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.core.files import atomic_write
+from utils.core.files import atomic_write, sweep
 
 logger = logging.getLogger("boostnet")
 
 
-def user_cache_folder() -> Path:
-    """Where caches go that cannot lie beside the data: $XDG_CACHE_HOME/boostnet, by default ~/.cache/boostnet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "boostnet"
+def in_user_cache(name: str) -> list[Path]:
+    """Where a cache goes that cannot lie beside the data: $XDG_CACHE_HOME/boostnet/name, by default ~/.cache/boostnet/name.
+
+    Empty for a user without a home folder, as a container may have.
+    """
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return [Path(folder) / "boostnet" / name] if os.path.isabs(folder) else []
+
+
+def places_for(data_root: Path, kind: str) -> list[Path]:
+    """Where a cache about `data_root` may lie: beside the data, else in the user's cache folder."""
+    root = hashlib.sha256(os.fsencode(data_root.resolve())).hexdigest()[:16]
+    return [data_root / f".boostnet_{kind}.npz", *in_user_cache(f"{kind}-{root}.npz")]
 
 
 def load_or_build(places: list[Path], key: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -32,6 +43,7 @@ def load_or_build(places: list[Path], key: str, build: Callable[[], dict[str, np
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
+            sweep(place.parent)
             with atomic_write(place) as file:
                 np.savez(file, key=np.array(key), layout=np.array(_layout(arrays)), **arrays)
             return arrays
@@ -47,7 +59,10 @@ def _layout(arrays: dict[str, np.ndarray]) -> str:
 
 
 def _read(place: Path, key: str) -> dict[str, np.ndarray] | None:
-    if not place.is_file():
+    try:
+        if not place.is_file():
+            return None
+    except OSError:   # another user's folder; before Python 3.14 such a question is an error
         return None
     try:
         with np.load(place, allow_pickle=False) as stored:

@@ -1,95 +1,122 @@
-"""Which image files a class-folder data set consists of, in which order, and how that list is kept."""
+"""Which image files a class-folder data set consists of, in which order, and what was left out."""
 from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from utils.core.errors import UserError
-from utils.data.cache import load_or_build, user_cache_folder
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# Those of torchvision's ImageFolder.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 TEST_NAMES = ("test", "val")
-FORMAT = 1
+SHOWN_KINDS = 5   # of the files left out, in a message
 
-
-class PackedStrings(Sequence):
-    """Many strings in two arrays: a million Python objects would be copied page by page into every decoding process.
-
-    Attributes:
-        text: (n_bytes,) uint8, all strings in UTF-8 one after the other.
-        ends: (n,) int64, where each of them ends in `text`.
-    """
-
-    def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
-        self.text, self.ends = text, ends
-
-    @classmethod
-    def pack(cls, strings: Sequence[str]) -> PackedStrings:
-        encoded = [os.fsencode(string) for string in strings]
-        text = np.frombuffer(b"".join(encoded), np.uint8)
-        return cls(text, np.cumsum([len(part) for part in encoded], dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, i: int) -> str:
-        start = self.ends[i - 1] if i else 0
-        return os.fsdecode(self.text[start:self.ends[i]].tobytes())
+logger = logging.getLogger("boostnet")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The image files of one split in a fixed order: classes by name, files by name within a class.
+    """The image files of one split in the order of torchvision's ImageFolder: classes by name, files by folder and name.
 
     Attributes:
         folder: the split's folder.
         class_names: names of the class folders, sorted; a label is a position in this list.
-        files: path of each image relative to `folder`.
+        files: (n,) bytes, path of each image relative to `folder`. An array, because a million Python strings would be copied
+            page by page into every decoding process.
         labels: (n,) int64.
+        left_out: how many files of each kind, in words, were found and are not images.
     """
 
     folder: Path
     class_names: list[str]
-    files: Sequence[str] = field(repr=False)
+    files: np.ndarray = field(repr=False)
     labels: np.ndarray = field(repr=False)
+    left_out: Counter[str] = field(default_factory=Counter, repr=False)
 
     def path(self, i: int) -> str:
-        return f"{self.folder}/{self.files[i]}"
+        return f"{self.folder}/{os.fsdecode(self.files[i])}"
 
     def content_key(self) -> str:
         """Changes when a file is added, removed, renamed or written to: from all names, sizes and times."""
-        digest = hashlib.sha256("\n".join(self.files).encode(errors="surrogateescape"))
+        digest = hashlib.sha256(b"\n".join(self.files.tolist()))
         for status in (os.stat(self.path(i)) for i in range(len(self.files))):
             digest.update(b"%d %d\n" % (status.st_size, status.st_mtime_ns))
         return digest.hexdigest()
 
+    def report_left_out(self) -> None:
+        """Log a warning that says what was left out, if anything."""
+        if self.left_out:
+            total, shown = sum(self.left_out.values()), self.left_out.most_common(SHOWN_KINDS)
+            kinds = [f"{n:,} {kind}" for kind, n in shown]
+            if others := total - sum(n for _, n in shown):
+                kinds.append(f"{others:,} others")
+            logger.warning("%s: %s left out, no images: %s", self.folder, f"{total:,} files and links", ", ".join(kinds))
+
 
 def scan(folder: Path) -> Listing:
-    """List `folder/<class>/*`, leaving out hidden files and other extensions than `EXTENSIONS`.
+    """List the files under `folder/<class>/`, with those in folders of a class, that have one of `EXTENSIONS`.
+
+    Hidden files and folders, and links that lead nowhere, are left out.
 
     Raises:
         FileNotFoundError: when there is no such folder.
         UserError: when it has no class folders or one of them is empty.
     """
     class_names = find_classes(folder)
-    files, labels = [], []
+    left_out = Counter("images outside class folders" if _is_image(entry.name) and _holds(entry.is_file) else _kind(entry)
+                       for entry in os.scandir(folder) if not _holds(entry.is_dir))
+    files: list[bytes] = []
+    labels: list[int] = []
+    status = os.stat(folder)
+    above = ((status.st_dev, status.st_ino),)
     for label, name in enumerate(class_names):
-        found = sorted(entry.name for entry in os.scandir(folder / name) if _is_image(entry.name) and _holds(entry.is_file))
+        found = [f"{place}/{file}" for place, images in sorted(_walk(folder, name, above, left_out)) for file in sorted(images)]
         if not found:
             raise UserError(f"{folder / name} has no images ({', '.join(EXTENSIONS)}); fill this class folder or remove it")
-        files += [f"{name}/{file}" for file in found]
+        files += map(os.fsencode, found)
         labels += [label] * len(found)
-    return Listing(folder, class_names, PackedStrings.pack(files), np.array(labels, np.int64))
+    return Listing(folder, class_names, np.array(files), np.array(labels, np.int64), left_out)
+
+
+def _walk(root: Path, place: str, above: tuple[tuple[int, int], ...],
+          left_out: Counter[str]) -> Iterator[tuple[str, list[str]]]:
+    """Names of the images in the folder `root/place` and in each folder below it; counts what is none."""
+    status = os.stat(root / place)
+    here = status.st_dev, status.st_ino
+    if here in above:
+        left_out["links to a folder around them"] += 1
+        return
+    images = []
+    with os.scandir(root / place) as entries:
+        for entry in entries:
+            if _holds(entry.is_dir) and not entry.name.startswith("."):
+                yield from _walk(root, f"{place}/{entry.name}", (*above, here), left_out)
+            elif _is_image(entry.name) and _holds(entry.is_file):
+                images.append(entry.name)
+            else:
+                left_out[_kind(entry)] += 1
+    yield place, images
 
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def _kind(entry: os.DirEntry) -> str:
+    """What a message calls an entry that is no image."""
+    if entry.name.startswith("."):
+        return "hidden"
+    if not _holds(entry.is_file):
+        return "dangling links" if entry.is_symlink() else "no files"
+    return os.path.splitext(entry.name)[1].lower() or "without extension"
 
 
 def _holds(is_kind: Callable[[], bool]) -> bool:
@@ -110,23 +137,64 @@ def find_classes(folder: Path) -> list[str]:
         UserError: when it has no class folders.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected {folder.name}/<class>/ with images in {folder.parent}")
-    names = sorted(entry.name for entry in os.scandir(folder) if _holds(entry.is_dir) and not entry.name.startswith("."))
+        raise FileNotFoundError(f"{folder}: no such folder; expected {folder.name}/<class>/ with images in {folder.parent}"
+                                f"{_hint(folder.parent)}")
+    names = list_classes(folder)
     if not names:
         raise UserError(f"{folder} has no class folders; expected {folder}/<class>/ with images in each")
     return names
 
 
-def find_test_folder(data_root: Path, names: Sequence[str] = TEST_NAMES) -> Path:
-    """The first of `data_root/<names>` that exists: a third folder beside it is not ours to judge.
+def list_classes(folder: Path) -> list[str]:
+    """Names of the class folders of `folder`, sorted, if any."""
+    return sorted(entry.name for entry in os.scandir(folder) if _holds(entry.is_dir) and not entry.name.startswith("."))
+
+
+def find_test_folder(data_root: Path, names: Sequence[str] = TEST_NAMES, class_names: Sequence[str] | None = None) -> Path:
+    """The first of `data_root/<names>` with class folders, those of `class_names` where given; else the first that exists.
+
+    ImageNet and its smaller relatives come with a flat folder `test` of images whose classes are not published.
 
     Raises:
-        FileNotFoundError: when none does.
+        FileNotFoundError: when none exists.
+        UserError: for images in one folder with their classes in a text file, as Tiny ImageNet's.
     """
-    for name in names:
-        if (data_root / name).is_dir():
-            return data_root / name
-    raise FileNotFoundError(f"{data_root} has no {' or '.join(map(repr, names))} folder; expected one beside 'train'")
+    present = [data_root / name for name in names if (data_root / name).is_dir()]
+    if not present:
+        raise FileNotFoundError(f"{data_root} has no {' or '.join(map(repr, names))} folder; expected one "
+                                f"{'beside' if class_names else 'there, or'} 'train'{_hint(data_root)}")
+    for folder in present:
+        found = list_classes(folder)
+        if found == list(class_names) if class_names else found:
+            return folder
+    for folder in present:
+        annotations = sorted(folder.glob("*annotations*.txt"))
+        if annotations and list_classes(folder) == ["images"]:
+            raise UserError(f"{folder} has all images in one folder and their classes in {annotations[0].name}; move each image "
+                            f"to {folder}/<class>/, for example: cd {folder} && while read -r file class _; do mkdir -p $class; "
+                            f"mv images/$file $class/; done < {annotations[0].name} && rmdir images")
+    return present[0]
+
+
+def find_root_nearby(data_root: Path, is_root: Callable[[Path], bool]) -> Path | None:
+    """The one folder right above or below `data_root` that is a root of the data, where that one is given by mistake."""
+    below = sorted(folder for folder in data_root.glob("*") if not folder.name.startswith("."))
+    found = [folder for folder in (data_root.parent, *below) if _is(is_root, folder)]
+    return found[0] if len(found) == 1 else None
+
+
+def _is(is_root: Callable[[Path], bool], folder: Path) -> bool:
+    try:
+        return is_root(folder)
+    except OSError:   # another user's
+        return False
+
+
+def _hint(data_root: Path) -> str:
+    """The end of a message about missing images."""
+    near = find_root_nearby(data_root, lambda folder: (folder / "train").is_dir()
+                            and any((folder / name).is_dir() for name in TEST_NAMES))
+    return f"; {near} has them: pass --data-root {near}" if near else ""
 
 
 def check_same_classes(train: Listing, test: Listing) -> None:
@@ -138,37 +206,16 @@ def check_same_classes(train: Listing, test: Listing) -> None:
                             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); both need the same classes")
 
 
-def cache_places(data_root: Path, kind: str) -> list[Path]:
-    """Where a cache about `data_root` may lie: beside the data, else in the user's cache folder."""
-    root = hashlib.sha256(os.fsencode(data_root.resolve())).hexdigest()[:16]
-    return [data_root / f".boostnet_{kind}.npz", user_cache_folder() / f"{kind}-{root}.npz"]
-
-
-def scan_once(data_root: Path, test_names: Sequence[str] = TEST_NAMES) -> tuple[Listing, Listing]:
-    """Training and test listing of `data_root`, read from a cache while no class folder has changed.
-
-    A folder's modification time changes when a file is added, removed or renamed, so that a thousand look-ups stand in for
-    a million.
+def scan_parts(data_root: Path, test_names: Sequence[str] = TEST_NAMES,
+               needs_train: bool = True) -> tuple[Listing | None, Listing]:
+    """Training and test listing of `data_root`; without `needs_train`, None where there is no folder `train`.
 
     Raises:
         FileNotFoundError, UserError: as `scan`, `find_test_folder` and `check_same_classes`.
     """
-    folders = [data_root / "train"]
-    names = [find_classes(folders[0])]
-    folders.append(find_test_folder(data_root, test_names))
-    names.append(find_classes(folders[1]))
-    digest = hashlib.sha256()
-    for folder, class_names in zip(folders, names):
-        for name in class_names:
-            digest.update(os.fsencode(f"{folder.name}/{name}\n") + b"%d\n" % os.stat(folder / name).st_mtime_ns)
-
-    def build() -> dict[str, np.ndarray]:
-        train, test = (scan(folder) for folder in folders)
+    folder = data_root / "train"
+    train = scan(folder) if needs_train or folder.is_dir() else None
+    test = scan(find_test_folder(data_root, test_names, train.class_names if train else None))
+    if train:
         check_same_classes(train, test)
-        return {f"{part}_{name}": array for part, listing in (("train", train), ("test", test)) for name, array in
-                (("text", listing.files.text), ("ends", listing.files.ends), ("labels", listing.labels))}
-
-    arrays = load_or_build(cache_places(data_root, "files"), f"{FORMAT} {digest.hexdigest()}", build)
-    train, test = (Listing(folder, class_names, PackedStrings(arrays[f"{part}_text"], arrays[f"{part}_ends"]),
-                           arrays[f"{part}_labels"]) for part, folder, class_names in zip(("train", "test"), folders, names))
     return train, test

@@ -21,7 +21,7 @@ from PIL import __version__ as pillow_version
 from tqdm import tqdm
 
 from utils.core.errors import UserError
-from utils.data.cache import load_or_build, user_cache_folder
+from utils.data.cache import in_user_cache, load_or_build
 from utils.data.workers import in_parallel
 
 CLASS_NAMES = list("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ")
@@ -169,4 +169,4 @@ def build(quiet: bool = False) -> dict[str, np.ndarray]:
 def read_glyphs(data_root: Path, quiet: bool = False) -> dict[str, np.ndarray]:
     """`build()` through a cache in the user's cache folder, or in `data_root` where that cannot be written."""
     key = " ".join(map(str, (FORMAT, SEED, *versions())))
-    return load_or_build([user_cache_folder() / "glyphs.npz", data_root / ".boostnet_glyphs.npz"], key, lambda: build(quiet))
+    return load_or_build([*in_user_cache("glyphs.npz"), data_root / ".boostnet_glyphs.npz"], key, lambda: build(quiet))

@@ -7,37 +7,38 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.core.errors import UserError
-from utils.data.cache import load_or_build
+from utils.data.cache import load_or_build, places_for
 from utils.data.decoders import decode
-from utils.data.folders import Listing, cache_places, check_same_classes, find_test_folder, scan
+from utils.data.folders import Listing
 from utils.data.workers import in_parallel
 
 CHUNK = 500  # images per task of the decoding pool
 FORMAT = 2  # of the cache; since 2 images are turned as their EXIF orientation says
 
 
-def read_class_folders(data_root: Path, image_size: int, quiet: bool = False) -> dict[str, np.ndarray]:
-    """All images under `data_root/{train,test}/<class>/` as arrays, through a cache of one file.
+def read_class_folders(data_root: Path, train: Listing | None, test: Listing, image_size: int,
+                       quiet: bool = False) -> dict[str, np.ndarray]:
+    """All images of the listings as arrays, through a cache of one file.
 
     The cache lies beside the data, or in the user's cache folder when the data are read-only, and is renewed when any
     file's name, size or time changes.
 
     Returns:
-        {train,test}_images (n, 3, image_size, image_size) uint8, {train,test}_labels (n,) int64, class_names.
+        {train,test}_images (n, 3, image_size, image_size) uint8, {train,test}_labels (n,) int64, class_names; those of `train`
+        only where there is one.
     Raises:
-        FileNotFoundError: when a folder is missing.
-        UserError: on an unreadable image, one of another size, an empty class or differing classes.
+        UserError: on an unreadable image or one of another size.
     """
-    train, test = scan(data_root / "train"), scan(find_test_folder(data_root))
-    check_same_classes(train, test)
+    parts = {"train": train, "test": test} if train else {"test": test}
 
     def build() -> dict[str, np.ndarray]:
-        return {"train_images": decode_all(train, image_size, quiet), "train_labels": train.labels,
-                "test_images": decode_all(test, image_size, quiet), "test_labels": test.labels,
-                "class_names": np.array(train.class_names)}
+        arrays = {"class_names": np.array(test.class_names)}
+        for part, listing in parts.items():
+            arrays |= {f"{part}_images": decode_all(listing, image_size, quiet), f"{part}_labels": listing.labels}
+        return arrays
 
-    key = f"{FORMAT} {image_size} {train.content_key()} {test.content_key()}"
-    return load_or_build(cache_places(data_root, "images"), key, build)
+    key = " ".join([f"{FORMAT} {image_size}", *(listing.content_key() for listing in parts.values())])
+    return load_or_build(places_for(data_root, "images" if train else "test_images"), key, build)
 
 
 def decode_all(listing: Listing, image_size: int, quiet: bool) -> np.ndarray:

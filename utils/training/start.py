@@ -4,11 +4,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
+
 from models import BoostedNet
+from op_counter import measure_model
 from utils import __version__
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.log import note
+from utils.core.machine import device_name
+from utils.core.tables import millions
 from utils.methods import method_class
 from utils.options.catalog import METHODS
 from utils.options.flags import MAY_DIFFER
@@ -35,6 +40,15 @@ def load_start(args: argparse.Namespace, model: BoostedNet, data) -> None:
     elif second_stage:
         raise UserError(f"nothing to resume in {args.result_dir}; --method {args.method} begins with the trained network of "
                         "--checkpoint FILE, without --resume")
+
+
+def introduce(args: argparse.Namespace, data, model: BoostedNet, device: torch.device) -> None:
+    """Log what is trained on what."""
+    macs, params = measure_model(model, data.image_size, data.image_size)
+    processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+    note(f"{args.dataset} ({args.data_root}): {data}")
+    note(f"{args.arch}, {args.method}: {model.n_exits} exits, {millions(macs[0])} to {millions(macs[-1])} million MACs, "
+         f"{params[0] / 1e6:.2f} to {params[-1] / 1e6:.2f} million parameters; on {device} ({device_name(device)}){processes}")
 
 
 def require_same_flags(args: argparse.Namespace) -> None:
