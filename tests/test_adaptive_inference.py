@@ -226,6 +226,14 @@ def test_exit_shares_sum_to_one_and_each_exit_lets_the_same_share_go(p, n_exits)
     np.testing.assert_allclose(shares[:-1], p * reaching[:-1], atol=1e-12)
 
 
+def test_exit_rates_and_numbers_of_exits_that_make_no_sense_are_refused():
+    for p in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="exit rate"):
+            ai.exit_shares(p, 3)
+    with pytest.raises(ValueError, match="n_exits"):
+        ai.exit_shares(0.5, 0)
+
+
 # Thresholds
 
 @examples
@@ -351,6 +359,15 @@ def test_mismatched_shapes_and_values_are_refused():
         ai.evaluate_thresholds(confidence, correct, [0.5, 0], [1, 2, 3])
     with pytest.raises(ValueError, match="number of exits"):
         ai.released_sweep(confidence, correct, confidence[:1], correct[:1], [1, 2])
+    with pytest.raises(ValueError, match="costs"):
+        ai.released_sweep(confidence, correct, confidence, correct, [1, 2, 3])
+
+
+def test_what_needs_a_network_is_found_under_the_public_name():
+    from utils.evaluation import early_exit
+    assert ai.EarlyExit is early_exit.EarlyExit and ai.Exits is early_exit.Exits
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        ai.Nothing  # noqa: B018
 
 
 # Curves
@@ -361,7 +378,9 @@ def test_budget_curve_covers_the_range_with_40_budgets_and_keeps_each_of_them(go
     for point in points:
         quota_rounding = (COSTS[-1] - COSTS[0]) * 5 / GOLDEN["N_val"]  # at most one input too late at each exit
         assert point["budget"] * (1 - 1e-9) <= point["valid_mean_macs"] <= point["budget"] + quota_rounding
-        assert point["shares"] == ai.exit_shares(point["p"], 6).tolist()
+        assert ai.mean_cost(point["p"], COSTS) == pytest.approx(point["budget"], rel=2e-9)
+        going_on = 1 - point["p"]
+        assert point["shares"] == pytest.approx([*(point["p"] * going_on ** n for n in range(5)), going_on ** 5])
         assert sum(point["test_exit_share"]) == pytest.approx(1)
     assert points[0]["valid_exit_share"][0] == 1.0 and points[-1]["test_exit_share"][-1] == 1.0
 
@@ -384,6 +403,27 @@ def test_flat_released_curve_keeps_the_accuracies_but_prints_the_new_cost(golden
     plain = ai.released_curve(*golden_inputs, COSTS)
     assert [point["test_top1"] for point in plain] == [point["test_accuracy"] for point in golden_points]
     assert plain[0].keys() == ai.budget_curve(*golden_inputs, COSTS, [2e7])[0].keys()
+
+
+def test_patience_lets_inputs_leave_where_so_many_exits_in_a_row_agree():
+    valid = np.float32([[1, 1, 1], [2, 1, 1], [3, 2, 1]])   # rows: exits; columns: inputs
+    test = np.float32([[1, 1], [1, 2], [1, 3]])
+    right = np.array([[0, 0, 1], [1, 0, 1], [1, 1, 0]], bool)
+    first, second, third = ai.patience_curve(valid, right, test, right[:, :2], [10, 20, 50])
+    assert [point["patience"] for point in (first, second, third)] == [1, 2, 3]
+    assert all(point["budget"] is None for point in (first, second, third))
+    assert first["valid_exit_share"] == first["test_exit_share"] == [1, 0, 0]
+    assert (first["valid_mean_macs"], first["valid_top1"]) == (10, pytest.approx(100 / 3))
+    assert second["valid_exit_share"] == pytest.approx([0, 1 / 3, 2 / 3])   # the last input never has two in a row
+    assert second["valid_mean_macs"] == 40 and second["valid_top1"] == pytest.approx(200 / 3)
+    assert (second["test_exit_share"], second["test_mean_macs"], second["test_top1"]) == ([0, 0.5, 0.5], 35, 50)
+    assert third["valid_exit_share"] == third["test_exit_share"] == [0, 0, 1]
+
+
+def test_of_three_sizes_each_is_held_against_both_others():
+    sizes = [curve("small", [(10, 60, 1), (20, 65, 1)]), curve("middle", [(10, 58, 1), (20, 66, 1)]),
+             curve("large", [(10, 50, 1), (20, 67, 1)])]
+    assert [(point["budget"], point["model"]) for point in ai.combine_sizes(sizes)] == [(10, "small"), (20, "large")]
 
 
 def curve(name, points, split_hash="s", family="eq9"):

@@ -195,9 +195,12 @@ def test_a_finished_run_is_not_overwritten(images, run, tmp_path, capsys):
 
 def test_missing_data_and_files_are_one_line(images, run, tmp_path, capsys):
     shutil.copy(run / "model_best.pth", tmp_path / "model_best.pth")
-    for call in (lambda: train_cifar100.main(tiny.command(tmp_path / "nowhere", tmp_path / "r")),
-                 lambda: _evaluate(tmp_path / "nowhere", tmp_path), lambda: _evaluate(images, tmp_path / "no-run")):
-        assert "no" in tiny.one_line_error(capsys, call)
+    missing, no_run = tmp_path / "nowhere", tmp_path / "no-run"
+    for call, message in (
+            (lambda: train_cifar100.main(tiny.command(missing, tmp_path / "r")), f"{missing}/train: no such folder"),
+            (lambda: _evaluate(missing, tmp_path), f"{missing}/train: no such folder"),
+            (lambda: _evaluate(images, no_run), f"{no_run / 'model_best.pth'}: no such checkpoint")):
+        assert message in tiny.one_line_error(capsys, call)
     assert not (tmp_path / "r" / "model_latest.pth").exists()
 
 

@@ -284,10 +284,14 @@ def test_evaluation_on_other_classes_is_refused(finished, images, tmp_path, caps
     assert "other classes" in one_line_error(capsys, lambda: evaluate(other, tmp_path / checkpoint.BEST))
 
 
-@pytest.mark.parametrize("budget", ["nan", "inf", "-1", "0", "1", "1e30", "1e6,nan", "x"])
-def test_a_budget_that_is_none_is_refused(finished, images, tmp_path, capsys, budget):
+@pytest.mark.parametrize(("budget", "message"), [
+    ("nan", "expected a finite number, got 'nan'"), ("inf", "expected a finite number, got 'inf'"), ("-1", "above 0"),
+    ("0", "above 0"), ("1", "budget 1 is out of range"), ("1e30", "budget 1e+30 is out of range"),
+    ("1e6,nan", "expected a finite number, got 'nan'"), ("x", "expected a finite number, got 'x'")])
+def test_a_budget_that_is_none_is_refused(finished, images, tmp_path, capsys, budget, message):
     shutil.copy(finished / checkpoint.BEST, tmp_path)
-    assert "budget" in one_line_error(capsys, lambda: evaluate(images, tmp_path / checkpoint.BEST, f"--budget={budget}"))
+    line = ["--evalmode", "dynamic", f"--budget={budget}"]
+    assert message in one_line_error(capsys, lambda: evaluate(images, tmp_path / checkpoint.BEST, *line))
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04", pickle.dumps(print, 2)])

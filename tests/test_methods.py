@@ -18,7 +18,7 @@ from models.layers import run_separately
 from utils.core import distributed
 from utils.core.errors import STOPPED
 from utils.evaluation.fast_form import FORMS, prepare_for_inference
-from utils.methods import Method, imta, l2w
+from utils.methods import Method, build_method, imta, l2w
 from utils.methods.block_losses import BlockLosses
 from utils.methods.distillation import Distillation
 from utils.methods.losses import cross_entropies, divergence
@@ -152,6 +152,26 @@ def test_boosted_self_distillation_is_the_boosted_loss_plus_the_divergence_of_th
     ce = cross_entropies(predictions, y).mean(dim=1).sum()
     kl = sum(divergence(p, predictions[-1], 2.5) for p in predictions)
     torch.testing.assert_close(outcome.total, 0.5 * (ce + 0.35 * kl))
+
+
+@pytest.mark.parametrize(("method", "more"), [("boost_distill", []), ("block_losses", ["--overlap", "1"])])
+def test_a_teacher_s_last_exit_teaches_every_exit_and_is_not_trained(method, more):
+    flags = ["--result_dir", "run", "--method", method, "--teacher", "file.pth", "--distill_weight", "0.2", "--distill_T", "1.5"]
+    model, (x, y) = network(boosted=method == "boost_distill"), batch()
+    teacher = network(boosted=True, n_blocks=2)
+    torch.nn.init.normal_(teacher.backbone.classifier[0].linear.weight)   # unlike the other exit, and unlike the student's
+    torch.nn.init.normal_(teacher.backbone.classifier[1].linear.weight)
+    learner = build_method(cli.parse_args([*flags, *more]), model, still(model), network=model, teacher=teacher)
+    assert not teacher.training and learner.teacher is teacher
+    outcome = learner.loss(x, y)
+    with torch.no_grad():
+        log_answer = (teacher(x)[-1] / 1.5).log_softmax(dim=1)
+        kl = [(log_answer.exp() * (log_answer - (p / 1.5).log_softmax(dim=1))).sum(dim=1).mean() for p in outcome.predictions]
+        ce = cross_entropies(outcome.predictions, y).mean(dim=1).sum()
+    assert len(kl) == 3
+    torch.testing.assert_close(outcome.total.detach(), ce + 0.2 * sum(kl))
+    learner.backward(outcome.total)
+    assert all(p.grad is None for p in teacher.parameters())
 
 
 def test_weighting_with_epsilon_zero_is_a_plain_step_on_each_half():

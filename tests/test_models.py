@@ -8,9 +8,12 @@ import torch.nn.functional as F
 
 import models.msdnet
 import models.ranet
+from args import parse_args
 from models import BoostedNet, MSDNet, RANet, expand_temperatures, select
 from models.layers import Bottleneck, run_separately
 from op_counter import measure_model
+from utils.methods import build_model
+from utils.training.fast_forward import training_forward
 
 MSD = dict(n_blocks=3, n_channels=4, base=1, step=1, num_classes=7)
 RAN = dict(n_blocks=2, n_channels=4, step=2, scale_list=[1, 2, 3], gr_factor=[4, 2, 1], bn_factor=[4, 2, 1], num_classes=7)
@@ -174,6 +177,26 @@ def test_boosted_head_is_the_frozen_sum_and_the_joint_baseline_is_temperature_ze
     joint = BoostedNet(backbone, [0.0] * backbone.n_exits)
     assert all(torch.equal(a, b) for a, b in zip(joint.boost(logits), logits, strict=True))
     assert [n for n in model.state_dict() if not n.startswith("backbone.")] == []
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_the_flag_of_the_ablation_lets_the_last_exit_train_the_ones_before_through_the_sum(trainable, fast):
+    flags = "--dataset cifar100 --result_dir run --nBlocks 3 --nChannels 4 --base 1 --ensemble_reweight 0.3,0.5,0.7".split()
+    model = build_model(parse_args([*flags, *["--trainable_ensemble"] * trainable])).double().eval()
+    network = training_forward(model, batch_size=4, channels_last=True) if fast else model
+    x, y = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.arange(2)
+    before, predictions = model.backbone(x), network(x)
+    predictions[-1].gather(1, y[:, None]).sum().backward()
+    got = [classifier.linear.bias.grad for classifier in model.backbone.classifier]
+    assert all(torch.allclose(a, b) for a, b in zip(predictions, model.boost(before)))
+    picked = torch.bincount(y, minlength=100).double()
+    torch.testing.assert_close(got[2], picked)
+    for bias, factor in zip(got, [0.5 * 0.7, 0.7]):   # t_2 t_3 and t_3
+        if trainable:
+            torch.testing.assert_close(bias, factor * picked)
+        else:
+            assert bias is None
 
 
 def test_temperatures_expand_from_one_two_or_all_values():

@@ -1,0 +1,110 @@
+"""Thresholds for a budget, and which of the stored ones are taken: array code alone, no network."""
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from adaptive_inference import evaluate_thresholds
+from utils.core.errors import UserError
+from utils.evaluation import operating_points as points_of
+from utils.runs.checkpoint import hash_weights
+
+MACS = [10.0, 20.0, 50.0]
+SAVED = {"state_dict": {"w": torch.ones(2)}, "epoch": 7, "split": {"hash": "s"}, "method": "boost",
+         "architecture": {"arch": "msdnet"}, "temperatures": [0.5, 0.5, 0.5]}
+
+
+def curve(**more):
+    """As an evaluation of the network of SAVED leaves it."""
+    points = [{"budget": budget, "test_top1": 50.0, "thresholds": [0.9, 0.8, -1.0]} for budget in (15.0, 30.0, 45.0)]
+    return {"macs": MACS, "family": "eq9", "flat": False, "epoch": 7, "split_hash": "s", "method": "boost",
+            "config": {"arch": "msdnet"}, "temperatures": [0.5, 0.5, 0.5], "ensemble": None, "policy": "confidence",
+            "weights_hash": hash_weights(SAVED["state_dict"]), "points": points, **more}
+
+
+def taken(folder, content, saved=SAVED, name="dynamic", **how):
+    (folder / f"{name}.json").write_text(json.dumps(content))
+    return points_of.stored(folder, saved, **how)
+
+
+def test_points_of_this_network_are_taken_and_of_any_other_are_not(tmp_path):
+    assert points_of.stored(tmp_path / "none", SAVED) == points_of.stored(tmp_path, SAVED) == []
+    assert taken(tmp_path, curve()) == curve()["points"]
+    older = {name: value for name, value in curve().items() if name not in ("weights_hash", "temperatures", "ensemble", "policy")}
+    assert taken(tmp_path, older) == curve()["points"]
+    for name, other in {"epoch": 6, "split_hash": "t", "method": "joint", "config": {"arch": "ranet"}, "weights_hash": "other",
+                        "temperatures": [0.4] * 3, "ensemble": "poe", "policy": "margin", "family": "released",
+                        "flat": True}.items():
+        assert taken(tmp_path, curve(**{name: other})) == [], name
+    assert taken(tmp_path, curve(split_hash=None)) == []
+    assert taken(tmp_path, curve(split_hash=None), {**SAVED, "split": None}) == curve()["points"]
+    released = {"state_dict": SAVED["state_dict"]}   # says nothing about itself
+    assert taken(tmp_path, curve(epoch=None, split_hash=None, temperatures=[]), released) == curve()["points"]
+
+
+def test_points_are_read_from_the_file_of_the_way_of_reading(tmp_path):
+    reread = curve(ensemble="poe", temperatures=[1.0] * 3, policy="margin")
+    how = dict(ensemble="poe", temperatures=[1.0] * 3, policy="margin")
+    assert taken(tmp_path, reread, name="dynamic_poe_margin_x", suffix="_x", **how) == curve()["points"]
+    assert taken(tmp_path, curve(), name="dynamic_y", suffix="_y") == curve()["points"]
+
+
+@pytest.mark.parametrize("wrong", [[], [{"budget": 1.0}], [{"budget": 1.0, "test_top1": 2.0, "thresholds": [1.0, -1.0]}],
+                                   [{"budget": None, "test_top1": 2.0, "thresholds": [1.0, 1.0, -1.0]}]])
+def test_damaged_points_are_refused(tmp_path, wrong):
+    with pytest.raises(UserError, match="dynamic.json is damaged .* evaluate with --evalmode dynamic again"):
+        taken(tmp_path, curve(points=wrong))
+
+
+def test_thresholds_of_half_precision_are_taken_only_where_no_confidence_was_rounded_to_one(tmp_path, caplog):
+    reached = curve(precision="half", points=[{"budget": 1.0, "test_top1": 2.0, "thresholds": [1.0, 0.5, -1.0]}])
+    assert taken(tmp_path, reached) == [] and "not used" in caplog.text
+    assert taken(tmp_path, {**reached, "confidence_type": "float32"}) == reached["points"]
+    assert taken(tmp_path, {**reached, "precision": "single"}) == reached["points"]
+    assert taken(tmp_path, curve(precision="half")) == curve()["points"]
+
+
+def test_infinite_thresholds_are_stored_as_ones_that_no_confidence_and_every_confidence_reaches():
+    assert points_of.finite([np.inf, 1.0, 0.0, 0.25, -np.inf]) == [2.0, 1.0, 0.0, 0.25, -1.0]
+    confidence = np.float32([[1.0, 1.0], [0.0, 0.0], [0.5, 0.5]])
+    for thresholds, shares in (([np.inf, np.inf, -np.inf], [0, 0, 1]), ([np.inf, -np.inf, -np.inf], [0, 1, 0])):
+        measured = evaluate_thresholds(confidence, confidence > 0.5, points_of.finite(thresholds), MACS)
+        assert measured[2].tolist() == shares
+
+
+def test_fitted_thresholds_spend_the_budget():
+    confidence = np.random.default_rng(0).random((3, 2000), dtype=np.float32)
+    thresholds = points_of.fit(confidence, MACS, 25.0)
+    assert evaluate_thresholds(confidence, confidence > 0.5, thresholds, MACS)[1] == pytest.approx(25.0, abs=0.05)
+
+
+def test_the_point_of_the_largest_budget_within_or_nearest_the_middle():
+    points = curve()["points"]
+    cheap, middle, dear = points
+    assert points_of.choose(points, MACS, 30.0) is points_of.choose(points[::-1], MACS, 44.9) is middle
+    assert points_of.choose(points, MACS, 30.0 * (1 - 1e-10)) is middle   # a budget is typed in decimals
+    assert points_of.choose(points, MACS, 30.0 * (1 - 1e-7)) is cheap
+    assert points_of.choose(points, MACS, 99.0) is dear and points_of.choose(points, MACS, 14.0) is None
+    assert points_of.choose(points[::-1], MACS, None) is middle and points_of.choose([], MACS, None) is None
+    assert points_of.between([10.0, 20.0, 50.0], 0.25) == 20.0
+
+
+def test_a_budget_out_of_range_is_refused_in_its_unit():
+    points_of.check(MACS, 10.0)
+    with pytest.raises(UserError, match="10 to 50 MACs"):
+        points_of.check(MACS, 51.0)
+    with pytest.raises(UserError, match="10 to 50 ms"):
+        points_of.check(MACS, 9.0, "latency")
+
+
+def test_budgets_missed_by_more_than_half_a_percent_are_named(capsys):
+    points = [{"budget": 10e6, "valid_mean_macs": 10.04e6}, {"budget": 20e6, "valid_mean_macs": 20.12e6},
+              {"budget": 40e6, "valid_mean_macs": 39.68e6}]
+    points_of.warn_of_missed_budgets(points, 90)
+    assert "90 held-out images do not meet these budgets more closely: 20.00 (+0.6 %), 40.00 (-0.8 %)" in capsys.readouterr().out
+    points_of.warn_of_missed_budgets(points[:1], 90)
+    points_of.warn_of_missed_budgets([{"budget": 40e6, "valid_mean_macs": 40.2e6}], 90)   # half a percent is not more
+    assert not capsys.readouterr().out
