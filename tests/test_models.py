@@ -12,7 +12,8 @@ from args import parse_args
 from models import BoostedNet, MSDNet, RANet, expand_temperatures, select
 from models.layers import Bottleneck, run_separately
 from op_counter import measure_model
-from utils.methods import build_model
+from utils.options.network import NetworkSpec
+from utils.runs.restore import build_model
 from utils.training.fast_forward import training_forward
 
 MSD = dict(n_blocks=3, n_channels=4, base=1, step=1, num_classes=7)
@@ -183,7 +184,7 @@ def test_boosted_head_is_the_frozen_sum_and_the_joint_baseline_is_temperature_ze
 @pytest.mark.parametrize("trainable", [False, True])
 def test_the_flag_of_the_ablation_lets_the_last_exit_train_the_ones_before_through_the_sum(trainable, fast):
     flags = "--dataset cifar100 --result_dir run --nBlocks 3 --nChannels 4 --base 1 --ensemble_reweight 0.3,0.5,0.7".split()
-    model = build_model(parse_args([*flags, *["--trainable_ensemble"] * trainable])).double().eval()
+    model = build_model(NetworkSpec.from_args(parse_args([*flags, *["--trainable_ensemble"] * trainable]))).double().eval()
     network = training_forward(model, batch_size=4, channels_last=True) if fast else model
     x, y = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.arange(2)
     before, predictions = model.backbone(x), network(x)
