@@ -160,7 +160,7 @@ def test_start_from_weights_and_a_later_epoch(images, run, tmp_path):
     (["--nBlocks", "3"], "trained with nBlocks 2"),
     (["--ensemble_reweight", "0.9"], "temperatures"),
     (["--ensemble_reweight", "0.1,0.2,0.3"], "3 values for 2 exits"),
-    (["--use-valid", "--valid_size", "9"], "trained with valid_size 8"),
+    (["--evalmode", "dynamic", "--use-valid", "--valid_size", "9"], "trained with valid_size 8"),
     (["--seed", "1"], "trained with seed 0"),
     (["--method", "joint"], "method"),
 ])
