@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from utils import export
 from utils.core.errors import UserError
 from utils.evaluation import confidence as policies
 from utils.evaluation import onnx_exit, programs
+from utils.evaluation.classify import read_images
 from utils.evaluation.fast_form import load_model
 from utils.evaluation.onnx_exit import OnnxEarlyExit, OnnxPrograms
 
@@ -149,3 +153,24 @@ def test_without_onnx_one_line(run, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2
     assert "pip install -r requirements-onnx.txt" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not list(tmp_path.iterdir())
+
+
+def test_the_pages_loader_needs_neither_pytorch_nor_this_repository(run, tmp_path):
+    page = (Path(__file__).parent.parent / "docs/deployment.md").read_text()
+    code, = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "onnxruntime" in block)
+    loader = tmp_path / "classify.py"
+    # A module of that name which cannot be imported stands for an environment without PyTorch.
+    (tmp_path / "torch.py").write_text("raise ImportError('there is no PyTorch here')")
+    loader.write_text(code)
+    files = sorted((run / "images" / "test").rglob("*.png"))[:6]
+    done = subprocess.run([sys.executable, str(loader), str(run / "programs"), *map(str, files)], capture_output=True, text=True,
+                          cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    loaded = OnnxPrograms(run / "programs")
+    about = loaded.about
+    images = read_images([str(file) for file in files], "folder", 32).numpy()
+    thresholds = about["budgets"][len(about["budgets"]) // 2]["thresholds"]
+    expected = OnnxEarlyExit(loaded, thresholds)(images)
+    rows = [f"{file} {about['class_names'][name]} {100 * confidence:.1f} %, exit {exit_ + 1}"
+            for file, name, confidence, exit_ in zip(files, *expected)]
+    assert done.stdout.splitlines() == rows
