@@ -18,7 +18,6 @@ from utils.evaluation.fast_form import load_model
 from utils.evaluation.programs import export_steps
 
 PAGE = (Path(__file__).parent.parent / "docs/deployment.md").read_text()
-RANET = "--arch ranet_ge --nBlocks 1 --block-step 1 --step 1 --scale-list 1-2-3 --grFactor 4-2-1 --bnFactor 4-2-1".split()
 
 
 @pytest.fixture(scope="module", params=["msdnet_ge", "ranet_ge"])
@@ -26,8 +25,8 @@ def run(request, tmp_path_factory):
     """A trained run with thresholds, and its exported programs."""
     folder = tmp_path_factory.mktemp(request.param)
     images = tiny.make_images(folder / "images")
-    network = RANET if request.param == "ranet_ge" else []
-    assert train_cifar100.main([*tiny.command(images, folder / "run", "--epochs", "1"), *network]) == 0
+    command = tiny.ranet_command if request.param == "ranet_ge" else tiny.command
+    assert train_cifar100.main(command(images, folder / "run", "--epochs", "1")) == 0
     assert eval_cifar100.main(["--data-root", str(images), "--evaluate-from", str(folder / "run" / "model_best.pth"), "--device",
                                "cpu", "--evalmode", "dynamic"]) == 0
     assert export.main([str(folder / "run"), str(folder / "programs")]) == 0

@@ -24,16 +24,15 @@ from utils.evaluation.classify import read_images
 from utils.evaluation.fast_form import load_model
 from utils.evaluation.onnx_exit import OnnxEarlyExit, OnnxPrograms
 
-RANET = "--arch ranet_ge --nBlocks 1 --block-step 1 --step 1 --scale-list 1-2-3 --grFactor 4-2-1 --bnFactor 4-2-1".split()
-
 
 @pytest.fixture(scope="module", params=["msdnet_ge", "ranet_ge", "imta"])
 def run(request, tmp_path_factory):
     """A trained run with thresholds, and its ONNX programs in `programs`."""
     folder = tmp_path_factory.mktemp(request.param)
     images = tiny.make_images(folder / "images")
-    flags = {"ranet_ge": RANET, "imta": ["--method", "joint"], "msdnet_ge": []}[request.param]
-    assert train_cifar100.main([*tiny.command(images, folder / "run", "--epochs", "1"), *flags]) == 0
+    command = tiny.ranet_command if request.param == "ranet_ge" else tiny.command
+    method = "joint" if request.param == "imta" else "boost"
+    assert train_cifar100.main(command(images, folder / "run", "--epochs", "1", "--method", method)) == 0
     if request.param == "imta":
         first = folder / "run" / "model_latest.pth"
         assert train_cifar100.main([*tiny.command(images, folder / "second", "--epochs", "1"), "--method", "imta",
@@ -80,7 +79,7 @@ def test_early_exit_leaves_where_the_simulation_of_the_same_programs_says(run, m
         assert (found.prediction == all_scores[found.exit, np.arange(n)].argmax(axis=1)).all()
         np.testing.assert_allclose(found.confidence, certainty[found.exit, np.arange(n)], atol=1e-5)
     assert len(set(found.exit.tolist())) > 1
-    of_torch = policies.POLICIES[measure](torch.from_numpy(all_scores)).numpy()
+    of_torch = policies.MEASURES[measure](torch.from_numpy(all_scores)).numpy()
     np.testing.assert_allclose(certainty, of_torch, atol=2e-6)
 
 

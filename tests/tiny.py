@@ -40,6 +40,14 @@ def command(images: Path, result_dir: Path, *more: str) -> list[str]:
     return ["--dataset", "folder", "--data-root", str(images), "--result_dir", str(result_dir), *flags.split(), *more]
 
 
+def ranet_command(images: Path, result_dir: Path, *more: str) -> list[str]:
+    """The same with a RANet of three exits."""
+    network = "--arch ranet_ge --nBlocks 1 --block-step 1 --step 1 --scale-list 1-2-3 --grFactor 4-2-1 --bnFactor 4-2-1".split()
+    line = command(images, result_dir, *network, *more)
+    base = line.index("--base")   # which RANet does not have
+    return line[:base] + line[base + 2:]
+
+
 def signal_at_step(monkeypatch: Any, step: int, number: int = signal.SIGTERM) -> None:
     """Have this process send itself a signal in the middle of the `step`-th step from now, counted over all epochs."""
     add, steps = engine.EpochFigures.add, iter(range(1, 10**9))
