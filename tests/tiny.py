@@ -37,6 +37,8 @@ def command(images: Path, result_dir: Path, *more: str) -> list[str]:
     """Flags of a run with a network of two exits, 40 training images in batches of 8 and 8 held out."""
     flags = ("--use-valid --valid_size 8 --arch msdnet_ge --nBlocks 2 --base 1 --step 1 --nChannels 4 --batch-size 8 --epochs 2 "
              "--lr_milestones 1 --device cpu --threads 1 --print-freq 3")
+    if any(word.startswith("ranet") for word in more):   # which has no first block of its own depth
+        flags = flags.replace("--base 1 ", "")
     return ["--dataset", "folder", "--data-root", str(images), "--result_dir", str(result_dir), *flags.split(), *more]
 
 
