@@ -20,7 +20,7 @@ import numpy as np
 from utils.core.errors import UserError
 
 __all__ = ["EarlyExit", "Exits", "budget_curve", "budget_grid", "combine_sizes", "curve_position", "evaluate_thresholds",  # noqa: F822
-           "exit_index", "exit_shares", "fit_thresholds", "flatten", "mean_cost", "patience_curve", "released_curve",
+           "exit_index", "exit_shares", "fit_thresholds", "flatten", "mean_cost", "measure", "patience_curve", "released_curve",
            "released_sweep", "solve_exit_rate"]
 
 BUDGET_TOLERANCE = 1e-9  # relative; for Newton's stop and for budgets a rounding error outside the reachable range
@@ -198,8 +198,8 @@ def budget_curve(val_confidence, val_correct, test_confidence, test_correct, cum
         shares = exit_shares(p, costs.size)
         thresholds = fit_thresholds(val_confidence, shares)
         points.append({"budget": budget, "p": p, "shares": shares.tolist(), "thresholds": thresholds.tolist(),
-                       **_measure("valid", val_confidence, val_correct, thresholds, costs),
-                       **_measure("test", test_confidence, test_correct, thresholds, costs)})
+                       **measure("valid", val_confidence, val_correct, thresholds, costs),
+                       **measure("test", test_confidence, test_correct, thresholds, costs)})
     return flatten(points) if flat else points
 
 
@@ -216,8 +216,8 @@ def patience_curve(val_agreement, val_correct, test_agreement, test_correct, cum
         thresholds = np.full(len(val_agreement), patience, np.float32)
         thresholds[-1] = -np.inf
         points.append({"patience": patience, "budget": None,
-                       **_measure("valid", val_agreement, val_correct, thresholds, cumulative_costs),
-                       **_measure("test", test_agreement, test_correct, thresholds, cumulative_costs)})
+                       **measure("valid", val_agreement, val_correct, thresholds, cumulative_costs),
+                       **measure("test", test_agreement, test_correct, thresholds, cumulative_costs)})
     return points
 
 
@@ -268,7 +268,8 @@ def curve_position(point: dict) -> float:
     return point["valid_mean_macs"] if point["budget"] is None else point["budget"]
 
 
-def _measure(split: str, confidence, correct, thresholds, costs) -> dict:
+def measure(split: str, confidence, correct, thresholds, costs) -> dict:
+    """What thresholds do to a set, as entries of a point of a curve; `split` ("valid" or "test") begins their names."""
     top1, mean_macs, exit_share = evaluate_thresholds(confidence, correct, thresholds, costs)
     return {f"{split}_top1": top1, f"{split}_mean_macs": mean_macs, f"{split}_exit_share": exit_share.tolist()}
 
@@ -324,8 +325,8 @@ def released_curve(val_confidence, val_correct, test_confidence, test_correct, c
             released_sweep(val_confidence, val_correct, test_confidence, test_correct, cumulative_costs), start=1):
         thresholds = np.asarray(released["thresholds"], np.float32)
         point = {"budget": None, "p": step / 20, "shares": released["shares"], "thresholds": released["thresholds"],
-                 **_measure("valid", val_confidence, val_correct, thresholds, cumulative_costs),
-                 **_measure("test", test_confidence, test_correct, thresholds, cumulative_costs),
+                 **measure("valid", val_confidence, val_correct, thresholds, cumulative_costs),
+                 **measure("test", test_confidence, test_correct, thresholds, cumulative_costs),
                  "test_mean_macs": released["mean_cost"]}
         if best is None or point["valid_top1"] > best["valid_top1"]:
             best = point

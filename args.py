@@ -67,7 +67,8 @@ def _fill_in(args: Namespace) -> None:
     if args.cost == "latency" and args.evalmode == "dynamic":   # time is measured, not simulated
         args.evalmode = "realtime"
     if "evalmode" not in args.explicit and (args.cost == "latency" or args.budget or args.sweep or args.flat_curve
-                                            or args.images or args.policy != "confidence"):
+                                            or args.images or args.policy != "confidence"
+                                            or args.thresholds != "geometric" or args.max_drop):
         args.evalmode = "realtime" if args.cost == "latency" else "dynamic"
 
 

@@ -33,16 +33,16 @@ ROOT = Path(__file__).resolve().parent.parent
 # People's scripts depend on these spellings: add to the list, take nothing away.
 FLAGS = """
 --amp --arch --base --batch-size --block-step --bnAfter --bnFactor --bottleneck --budget --channels_last --checkpoint
---checkpoint_key --compile --compress-factor --constraint_dimension --cost --cuda_graphs --data-root --dataset
---decay-rate --decoder
+--checkpoint_key --compile --compress-factor --confidence_level --constraint_dimension --cost --cuda_graphs --data-root
+--dataset --decay-rate --decoder
 --deterministic --device --dist_backend --distill_T --distill_weight --distributed --ensemble --ensemble_reweight
 --epochs --epsilon --evalmode --evaluate-from --flat_curve --gpu --grFactor --groups --growthRate --help --image_size
---images --include_final --learning-rate --local-rank --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones
+--images --include_final --learning-rate --local-rank --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones --max_drop
 --meta_interval --meta_lr --meta_net_hidden_size --meta_net_input_type --meta_net_num_layers --meta_weight_decay
 --method --momentum --nBlocks --nChannels --new_classifier --optimizer --overlap --paper_protocol --policy --print-freq
 --prune --publish --reduction --result_dir --resume --save_every_minutes --save_suffix --scale-list --seed
 --skip_unreadable --start-epoch --step --stepmode --sweep --target_p_index --teacher --tensorboard_dir --threads
---trainable_ensemble --use-valid --val_workers --valid_size --wd --weight-decay --workers -h -p
+--thresholds --trainable_ensemble --use-valid --val_workers --valid_size --wd --weight-decay --workers -h -p
 """
 
 DEFAULTS = dict(
@@ -60,7 +60,7 @@ DEFAULTS = dict(
     lr_type="multistep", lr_milestones=[100, 200], decay_rate=0.1, momentum=0.9, weight_decay=[1e-4],
     amp="off", channels_last=False, compile=False, cuda_graphs=False,
     evaluate_from=None, evalmode="anytime", ensemble=None, policy="confidence", budget=None, cost="macs", images=None, sweep=None,
-    flat_curve=False, publish=None, save_suffix="",
+    flat_curve=False, publish=None, save_suffix="", thresholds="geometric", max_drop=None, confidence_level=0.95,
     distributed=False, dist_backend=None, local_rank=0,
 )
 
@@ -253,6 +253,18 @@ MISTAKES = [
     ("--budget ms", "--budget"),
     ("--cost seconds", "--cost"),
     ("--evalmode anytime --cost latency", "--cost"),
+    ("--thresholds best", "--thresholds"),
+    *((f"--thresholds optimised {more}", "--thresholds") for more in (
+        "--evalmode anytime", "--sweep released", "--flat_curve", "--policy patience", "--max_drop 1")),
+    *((f"--max_drop {value}", "--max_drop") for value in ("0", "100", "nan", "x")),
+    ("--max_drop 1 --confidence_level 1", "--confidence_level"),
+    ("--max_drop 1 --confidence_level 0.4", "--confidence_level"),
+    ("--confidence_level 0.9", "--confidence_level"),
+    *((f"--max_drop 1 {more}", "--max_drop") for more in (
+        "--evalmode realtime", "--evalmode anytime", "--budget 4e6", "--cost latency", "--flat_curve",
+        "--sweep released", "--policy patience --evalmode dynamic", "--evaluate-from a.pth --paper_protocol --evalmode dynamic")),
+    ("--evaluate-from a.pth --publish b --thresholds optimised", "--publish"),
+    ("--evaluate-from a.pth --publish b --max_drop 1", "--publish"),
     ("--images a.png --budget 40e6,60e6", "--images"),
     ("--images a.png --budget 3.5ms", "--images"),
     ("--images a.png --sweep released", "--images"),
@@ -479,6 +491,7 @@ def test_a_script_can_limit_the_data_sets_and_has_the_first_as_default(capsys):
 def test_a_budget_or_sweep_alone_means_dynamic_evaluation():
     assert parse_args(["--budget", "40e6"]).evalmode == "dynamic"
     assert parse_args(["--sweep", "released"]).evalmode == "dynamic"
+    assert parse_args(["--thresholds", "optimised"]).evalmode == parse_args(["--max_drop", "1"]).evalmode == "dynamic"
     assert parse_args(["--flat_curve"]).evalmode == "dynamic"
     assert parse_args(["--policy", "margin"]).evalmode == "dynamic"
 

@@ -1,12 +1,19 @@
 """Thresholds chosen for accuracy: against brute force, against the geometric ones, and promises against their own pool."""
 import itertools
+import json
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
+import torch
 
+import eval_cifar100
+import train_cifar100
 from adaptive_inference import budget_grid, evaluate_thresholds, exit_index, fit_thresholds
+from utils import export, plots, publish, report
 from utils.evaluation.published import load_arrays
 from utils.evaluation.thresholds import (
     BestShares,
@@ -18,6 +25,9 @@ from utils.evaluation.thresholds import (
     is_below,
     probability_right,
 )
+from utils.plots import labels
+from utils.reports.finished_runs import read_evaluations
+from utils.runs import checkpoint
 
 PUBLISHED = Path(__file__).parent.parent / "published" / "cifar100_small"
 
@@ -268,3 +278,121 @@ def test_a_wrong_guess_of_the_spread_breaks_nothing(spread):
     rng = np.random.default_rng(14)
     assert np.mean([is_below(losses, 0.02, 0.9, spread)
                     for losses in rng.choice([0, 1], size=(1000, 500), p=[0.98, 0.02])]) <= allowed(0.9, 1000)
+
+
+# Through the entry points
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tiny.make_images(tmp_path_factory.mktemp("data") / "images", train=40, test=20)
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "boost"
+    assert train_cifar100.main(tiny.command(images, folder, "--valid_size", "60")) == 0
+    return folder
+
+
+def evaluate(images, run, *more, name=checkpoint.LATEST):
+    return eval_cifar100.main(["--data-root", str(images), "--evaluate-from", str(run / name), "--device", "cpu",
+                               "--threads", "1", *map(str, more)])
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_optimised_curve_beside_the_geometric_one(images, run, tmp_path, capsys):
+    assert evaluate(images, run, "--evalmode", "dynamic", "--result_dir", tmp_path) == 0
+    geometric = (tmp_path / "dynamic.json").read_bytes()
+    assert evaluate(images, run, "--thresholds", "optimised", "--result_dir", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "thresholds chosen for accuracy" in printed and "Over eq. 9 at the same budget" in printed
+    assert (tmp_path / "dynamic.json").read_bytes() == geometric   # the paper's stays as it is
+    before, now = read(tmp_path / "dynamic.json"), read(tmp_path / "dynamic_optimised.json")
+    assert now["family"] == "optimised" and len(now["points"]) == 40
+    for plain, point in zip(before["points"], now["points"]):
+        assert point["budget"] == plain["budget"]
+        assert point["test_gain"] == pytest.approx(point["test_top1"] - plain["test_top1"])
+        low, high = point["test_gain_interval"]
+        assert low <= point["test_gain"] <= high
+    assert plots.main([str(tmp_path), "--output", str(tmp_path)]) == 0
+    names = labels([result for result in read_evaluations(tmp_path) if "points" in result], name_family=True)
+    assert [name.split(", ")[-1] for name in names] == ["eq. 9", "optimised thresholds"]
+
+
+def test_report_has_optimised_curves_in_a_table_of_their_own(images, run, tmp_path, capsys):
+    for kind in ("geometric", "optimised"):
+        assert evaluate(images, run, "--evalmode", "dynamic", "--thresholds", kind, "--result_dir", tmp_path) == 0
+    capsys.readouterr()
+    tables, left_out = report.budget_tables([tmp_path])
+    assert not left_out and [("accuracy" in table.title, len(table.rows)) for table in tables] == [(False, 2), (True, 2)]
+
+
+def test_real_time_images_and_export_take_the_thresholds_asked_for(images, run, capsys):
+    (run / "dynamic_promise.json").unlink(missing_ok=True)
+    macs = read(run / "anytime.json")["macs"]
+    budget = round(sum(macs) / 2)
+    assert evaluate(images, run, "--thresholds", "optimised", "--budget", budget) == 0
+    stored, = read(run / "dynamic_optimised.json")["points"]
+    assert evaluate(images, run, "--evalmode", "realtime", "--thresholds", "optimised", "--budget", budget) == 0
+    timed = read(run / "realtime_optimised.json")
+    assert timed["family"] == "optimised"
+    assert timed["points"][0]["thresholds"] == pytest.approx(stored["thresholds"], abs=1e-5)
+    picture = str(next((images / "test").rglob("*.png")))
+    capsys.readouterr()
+    assert evaluate(images, run, "--images", picture, "--thresholds", "optimised", "--budget", budget) == 0
+    assert "Stored optimised thresholds for" in capsys.readouterr().out
+    assert evaluate(images, run, "--images", picture, "--thresholds", "optimised", "--budget", round(macs[0] * 1.0001)) == 0
+    assert "Optimised thresholds for" in capsys.readouterr().out
+    model = str(run / checkpoint.LATEST)
+    assert export.main([model, str(run / "programs"), "--thresholds", "optimised"]) == 0
+    described = read(run / "programs" / "model.json")
+    assert described["thresholds"] == "optimised" and described["budgets"][0]["thresholds"] == stored["thresholds"]
+    with pytest.raises(SystemExit):
+        export.main([model, str(run / "others"), "--thresholds", "promise"])
+    assert "--evalmode dynamic --max_drop P" in capsys.readouterr().err
+
+
+def test_promise_through_the_entry_points(images, run, tmp_path, capsys):
+    assert evaluate(images, run, "--max_drop", 45, "--confidence_level", 0.6) == 0
+    printed = capsys.readouterr().out
+    assert "With probability 0.6" in printed and "warning" not in printed
+    point, = read(run / "dynamic_promise.json")["points"]
+    assert (point["max_drop"], point["confidence_level"], point["certified"]) == (45, 0.6, True)
+    assert point["n_fit"] == point["n_tested"] == 30
+    picture = str(next((images / "test").rglob("*.png")))
+    assert evaluate(images, run, "--images", picture, "--max_drop", 45, "--confidence_level", 0.6) == 0
+    assert "lose at most 45 points" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluate(images, run, "--images", picture, "--max_drop", 44)
+    assert "make it first" in capsys.readouterr().err
+    assert export.main([str(run / checkpoint.LATEST), str(tmp_path / "programs"), "--thresholds", "promise"]) == 0
+    described = read(tmp_path / "programs" / "model.json")
+    assert described["thresholds"] == "promise"
+    assert described["budgets"] == [{"macs": point["budget"], "thresholds": point["thresholds"], "max_drop": 45.0,
+                                     "confidence_level": 0.6, "test_top1": point["test_top1"]}]
+
+
+def test_promise_that_cannot_be_made_and_one_on_images_that_chose_the_epoch(images, run, tmp_path, capsys):
+    assert evaluate(images, run, "--max_drop", 0.1, "--result_dir", tmp_path) == 0
+    assert "No early exit could be certified" in capsys.readouterr().out
+    content = checkpoint.load(run / checkpoint.BEST)
+    torch.save({**content, "epoch_kind": "best on hold-out"}, tmp_path / "model_best.pth")
+    assert evaluate(images, tmp_path, "--max_drop", 45, name="model_best.pth") == 0
+    assert "this epoch was chosen on the held-out images" in capsys.readouterr().out
+
+
+def test_published_arrays_give_the_optimised_curve_and_keep_it_up_to_date(tmp_path, capsys):
+    for name in ("arrays_dynamic.npz", "dynamic.json"):
+        shutil.copy(PUBLISHED / "msdnet_boost" / name, tmp_path)
+    before = read(tmp_path / "dynamic.json")["points"]
+    assert publish.main([str(tmp_path)]) == 0 and not (tmp_path / "dynamic_optimised.json").exists()
+    assert read(tmp_path / "dynamic.json")["points"] == before
+    assert publish.main([str(tmp_path), "--optimised"]) == 0
+    assert "of 38 budgets above 40 % of the MACs" in capsys.readouterr().out
+    path = tmp_path / "dynamic_optimised.json"
+    path.write_text("{}")   # as of other weights
+    assert publish.main([str(tmp_path)]) == 0
+    assert len(read(path)["points"]) == 40

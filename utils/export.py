@@ -19,6 +19,9 @@ from utils.evaluation.programs import ABOUT, SUFFIXES, write_folder
 from utils.options.parser import OneLineParser
 from utils.runs import checkpoint
 
+# What makes evaluation write each kind of thresholds.
+FLAGS = {"geometric": "", "optimised": " --thresholds optimised", "promise": " --max_drop P"}
+
 
 @user_errors()
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,13 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     run, out = Path(args.run), Path(args.out)
     path = run if run.is_file() else run / checkpoint.BEST
     model, saved = load_model(path)
-    points = operating_points.stored(path.parent, saved)
+    points = operating_points.stored(path.parent, saved, family="eq9" if args.thresholds == "geometric" else args.thresholds)
     if not points:
         raise UserError(f"{path.parent} has no thresholds of this checkpoint; fit them first: eval_cifar100.py --data-root "
-                        f"DATA --evaluate-from {path} --evalmode dynamic")
+                        f"DATA --evaluate-from {path} --evalmode dynamic{FLAGS[args.thresholds]}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; name a new folder")
-    for n, (file, difference) in enumerate(write_folder(model, saved, points, out, args.format)):
+    for n, (file, difference) in enumerate(write_folder(model, saved, points, out, args.format, args.thresholds)):
         checked = "" if difference is None else f", at most {difference:.1e} of an output's largest value from PyTorch"
         print(f"{out / file.name}: exit {n + 1} of {model.n_exits}, {file.stat().st_size / 1e6:.2f} MB{checked}", flush=True)
     print(f"{out / ABOUT}: thresholds of {len(points)} budgets, costs, class names")
@@ -47,6 +50,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("out", metavar="OUT_DIR", help="new folder for the programs")
     parser.add_argument("--format", choices=tuple(SUFFIXES), default="torch",
                         help="torch.export programs, or ONNX, checked against PyTorch (default: %(default)s)")
+    parser.add_argument("--thresholds", choices=tuple(FLAGS), default="geometric",
+                        help="which of the stored thresholds: those of eq. 9, those chosen for accuracy (--thresholds "
+                             "optimised) or those of a promise (--max_drop) (default: %(default)s)")
     return parser
 
 

@@ -16,6 +16,9 @@ from utils.options.parser import OneLineParser
 def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser("python -m utils.publish", description="Write the curves of published arrays anew.")
     parser.add_argument("folders", nargs="+", metavar="DIR", help="folder with arrays_anytime.npz or arrays_dynamic.npz")
+    parser.add_argument("--optimised", action="store_true",
+                        help="write the curve of thresholds chosen for accuracy as well (dynamic_optimised.json), and print how "
+                             "far it is above that of eq. 9")
     args = parser.parse_args(argv)
     with user_errors():
         for folder in map(Path, args.folders):
@@ -24,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError(f"{folder} has no arrays_anytime.npz or arrays_dynamic.npz; evaluation with --publish "
                                 "writes them")
             for kind in kinds:
-                print(*redraw(folder, kind), sep="\n")
+                print(*redraw(folder, kind, optimised=args.optimised), sep="\n")
     return 0
 
 

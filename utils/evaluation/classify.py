@@ -48,18 +48,31 @@ def classify_files(args: argparse.Namespace, saved: dict[str, Any], open_data: C
     if budget:
         operating_points.check(macs, budget)
     measure = MEASURES[args.policy]
-    points = operating_points.stored(folder, saved, args.save_suffix, temperatures=model.temperatures, **reading)
-    point = operating_points.choose(points, macs, budget)
-    if point:
+    family = "promise" if args.max_drop is not None else "optimised" if args.thresholds == "optimised" else "eq9"
+    points = operating_points.stored(folder, saved, args.save_suffix, temperatures=model.temperatures, family=family, **reading)
+    if family == "promise":
+        point = next((point for point in points if (point["max_drop"], point["confidence_level"])
+                      == (args.max_drop, args.confidence_level)), None)
+    else:
+        point = operating_points.choose(points, macs, budget)
+    kind = "Optimised thresholds" if family == "optimised" else "Thresholds"
+    if family == "promise":
+        if not point:
+            raise UserError(f"{folder} has no such promise of this checkpoint; make it first, with --evalmode dynamic --max_drop "
+                            f"{args.max_drop:g} --confidence_level {args.confidence_level:g} and without --images")
         thresholds = point["thresholds"]
-        origin = f"Stored thresholds for {millions(point['budget'])} x 10^6 MACs on average"
+        origin = (f"Stored thresholds that lose at most {args.max_drop:g} points with probability {args.confidence_level:g}, for "
+                  f"{millions(point['budget'])} x 10^6 MACs on average")
+    elif point:
+        thresholds = point["thresholds"]
+        origin = f"Stored {kind[0].lower() + kind[1:]} for {millions(point['budget'])} x 10^6 MACs on average"
         if budget and millions(point["budget"]) != millions(budget):
             origin += f", the largest stored budget not above {millions(budget)}"
     else:
         data, budget = open_data(), budget or operating_points.between(macs, 0.5)
         operating_points.require_hold_out(data)
-        thresholds = operating_points.fit(predict(ready, data.valid(), measure).confidence, macs, budget)
-        origin = f"Thresholds for {millions(budget)} x 10^6 MACs on average"
+        thresholds, = operating_points.fit_all(predict(ready, data.valid(), measure), macs, [budget], args.thresholds)
+        origin = f"{kind} for {millions(budget)} x 10^6 MACs on average"
     results = _run(EarlyExit(ready, thresholds, measure=measure), images, args.batch_size, device)
     _print(args.images, results, name_outputs(saved.get("class_names"), args.num_classes), macs, origin, args.policy)
 

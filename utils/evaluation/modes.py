@@ -25,7 +25,8 @@ from utils.evaluation.operating_points import finite, require_hold_out, warn_of_
 from utils.evaluation.predict import predict
 from utils.evaluation.published import publish
 from utils.evaluation.realtime import evaluate_realtime
-from utils.runs.checkpoint import hash_weights
+from utils.evaluation.thresholds import describe_gain, describe_promise, optimised_curve, promise_point
+from utils.runs.checkpoint import LATEST, hash_weights
 from utils.runs.restore import restore, spec_of
 from utils.runs.result_files import FAMILIES, describe, stem
 
@@ -52,12 +53,18 @@ def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torc
     if args.publish:
         publish(model, saved, data, folder, about=about, source=source, dynamic=args.evalmode == "dynamic")
     elif args.evalmode == "realtime":
-        evaluate_realtime(model, data, folder, about=about, budgets=args.budget, cost=args.cost, suffix=args.save_suffix)
+        evaluate_realtime(model, data, folder, about=about, budgets=args.budget, cost=args.cost, thresholds=args.thresholds,
+                          suffix=args.save_suffix)
+    elif args.max_drop is not None:
+        # The latest epoch is taken whatever the hold-out says, also where it happens to be the best one.
+        chosen = "hold-out" in (about["epoch_kind"] or "") and Path(args.evaluate_from).name != LATEST
+        evaluate_promise(model, data, folder, about=about, max_drop=args.max_drop, level=args.confidence_level,
+                         chosen_on_hold_out=chosen, suffix=args.save_suffix)
     elif args.policy == "patience":
         evaluate_patience(model, data, folder, about=about, suffix=args.save_suffix)
     elif args.evalmode == "dynamic":
         evaluate_budgeted(model, data, folder, about=about, budgets=args.budget, released=args.sweep == "released",
-                          flat=args.flat_curve, suffix=args.save_suffix)
+                          flat=args.flat_curve, thresholds=args.thresholds, suffix=args.save_suffix)
     else:
         evaluate_anytime(model, data, folder, about=about, suffix=args.save_suffix)
 
@@ -107,7 +114,8 @@ def evaluate_anytime(model: BoostedNet, data, folder: Path, *, about: dict[str, 
 
 
 def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], budgets: Sequence[float] | None = None,
-                      released: bool = False, flat: bool = False, suffix: str = "") -> dict[str, Any]:
+                      released: bool = False, flat: bool = False, thresholds: str = "geometric",
+                      suffix: str = "") -> dict[str, Any]:
     """Accuracy where inputs leave early, thresholds fitted on the hold-out and applied to the test set.
 
     Prints one row per budget and writes dynamic*.txt, dynamic*.json and flops.pth.
@@ -116,6 +124,7 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
         budgets: average MACs per image; None takes 40 evenly over what the network can spend.
         released: the 39-point sweep of the released program in place of budgets.
         flat: a larger budget that does not raise hold-out accuracy changes nothing.
+        thresholds: "geometric" for eq. 9, or "optimised", which says as well how far it is better.
     Returns:
         The content of the JSON file.
     Raises:
@@ -128,15 +137,44 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
     measure = MEASURES[about["policy"]]
     valid, test = predict(model, data.valid(), measure), predict(model, data.test(), measure)
     arrays = (valid.confidence, valid.correct, test.confidence, test.correct, macs)
-    fitted = released_curve(*arrays, flat=flat) if released else budget_curve(*arrays, budgets)
+    if thresholds == "optimised":
+        fitted = optimised_curve(*(part.numpy() for part in arrays[:-1]), macs, budgets)
+    else:
+        fitted = released_curve(*arrays, flat=flat) if released else budget_curve(*arrays, budgets)
     points = flatten(fitted) if flat and not released else fitted
+    family = "optimised" if thresholds == "optimised" else "released" if released else "eq9"
     about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
-    result = {**about, "family": "released" if released else "eq9", "flat": flat, "augmented_hold_out": data.augment_valid,
+    result = {**about, "family": family, "flat": flat, "augmented_hold_out": data.augment_valid,
               "points": [{**point, "thresholds": finite(point["thresholds"])} for point in points]}
     if distributed.is_main():
         _report_budgeted(result, folder, suffix)
-        if not released:
+        if family == "eq9":
             warn_of_missed_budgets(fitted, valid.n_samples)
+        if family == "optimised":
+            say(describe_gain(points, macs))
+    return result
+
+
+def evaluate_promise(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], max_drop: float, level: float,
+                     chosen_on_hold_out: bool = False, suffix: str = "") -> dict[str, Any]:
+    """The cheapest thresholds that lose at most `max_drop` points of the whole network's accuracy, see `certify`.
+
+    Prints them and writes dynamic_promise*.txt, flops.pth and dynamic_promise*.json, whose content it returns.
+
+    Raises:
+        UserError: without a hold-out.
+    """
+    require_hold_out(data)
+    measure = MEASURES[about["policy"]]
+    valid, test = predict(model, data.valid(), measure), predict(model, data.test(), measure)
+    arrays = (part.numpy() for part in (valid.confidence, valid.correct, test.confidence, test.correct))
+    point = promise_point(*arrays, about["macs"], max_drop, level)
+    about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
+    result = {**about, "family": "promise", "flat": False, "augmented_hold_out": False,
+              "points": [{**point, "thresholds": finite(point["thresholds"])}]}
+    if distributed.is_main():
+        _report_budgeted(result, folder, suffix)
+        say(describe_promise(point, chosen_on_hold_out=chosen_on_hold_out))
     return result
 
 

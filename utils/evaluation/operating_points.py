@@ -13,6 +13,8 @@ from utils.core.errors import UserError
 from utils.core.files import misfit, read_json
 from utils.core.log import say
 from utils.core.tables import millions
+from utils.evaluation.predict import Predictions
+from utils.evaluation.thresholds import optimised_thresholds
 from utils.runs.checkpoint import hash_weights
 from utils.runs.result_files import stem
 
@@ -52,6 +54,14 @@ def fit(confidence, costs: Sequence[float], budget: float) -> np.ndarray:
     return fit_thresholds(confidence, exit_shares(solve_exit_rate(costs, budget), len(costs)))
 
 
+def fit_all(valid: Predictions, costs: Sequence[float], budgets: Sequence[float], thresholds: str = "geometric",
+            ) -> list[np.ndarray]:
+    """Thresholds for each budget, as --thresholds says."""
+    if thresholds == "optimised":
+        return optimised_thresholds(valid.confidence.numpy(), valid.correct.numpy(), costs, budgets)
+    return [fit(valid.confidence, costs, budget) for budget in budgets]
+
+
 def finite(thresholds: Sequence[float]) -> list[float]:
     """Thresholds for JSON, which has no infinity: confidences lie in [0, 1], so 2 keeps everybody and -1 lets everybody go."""
     return [float(min(max(t, -1.0), 2.0)) for t in thresholds]
@@ -71,7 +81,7 @@ def warn_of_missed_budgets(points: Sequence[dict[str, Any]], n_valid: int) -> No
 
 
 def stored(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperatures: Sequence[float] | None = None,
-           ensemble: str | None = None, policy: str = "confidence") -> list[dict[str, Any]]:
+           ensemble: str | None = None, policy: str = "confidence", family: str = "eq9") -> list[dict[str, Any]]:
     """Points that `--evalmode dynamic` wrote for this very checkpoint; [] where there are none.
 
     Thresholds that were fitted where half precision had made confidences equal are not taken, and the log says so.
@@ -82,9 +92,10 @@ def stored(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperature
         suffix: appended to the file's name.
         temperatures: of the network that reads the exits, where not those of the checkpoint.
         ensemble, policy: how the exits are read, as from `reading.read_exits`.
+        family: of the points, one of "eq9", "optimised" and "promise".
     """
     read = {"temperatures": list(temperatures or saved.get("temperatures") or []), "ensemble": ensemble, "policy": policy}
-    path = folder / f"{stem('dynamic', read, suffix)}.json"
+    path = folder / f"{stem('dynamic', {**read, 'family': family}, suffix)}.json"
     try:
         curve = read_json(path, {"macs": [float], "points": list})
     except (FileNotFoundError, NotADirectoryError):
@@ -96,7 +107,7 @@ def stored(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperature
             and all(curve.get(name, how) == how for name, how in read.items())
             and all(how is None or curve.get(name) == how for name, how in trained.items())
             and curve.get("split_hash") == (split["hash"] if split else None))
-    if not same or curve.get("family") != "eq9" or curve.get("flat"):
+    if not same or curve.get("family") != family or curve.get("flat"):
         return []
     problem = misfit(curve["points"], [POINT], "points")
     if not problem and any(len(point["thresholds"]) != len(curve["macs"]) for point in curve["points"]):

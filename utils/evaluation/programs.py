@@ -140,7 +140,7 @@ def write_programs(model: BoostedNet, image_size: int, folder: Path, form: str) 
 
 
 def write_folder(model: BoostedNet, saved: dict[str, Any], points: Sequence[dict[str, Any]], folder: Path, form: str,
-                 ) -> Iterator[tuple[Path, float | None]]:
+                 thresholds: str = "geometric") -> Iterator[tuple[Path, float | None]]:
     """Write all programs and model.json; the folder appears when it is complete. Yields as `write_programs`."""
     side = saved["architecture"]["image_size"]
     partial = folder.with_name(f"{folder.name}.partial")
@@ -151,7 +151,7 @@ def write_folder(model: BoostedNet, saved: dict[str, Any], points: Sequence[dict
         for path, difference in write_programs(model, side, partial, form):
             names.append(path.name)
             yield path, difference
-        write_json(partial / ABOUT, describe(model, saved, names, points, form))
+        write_json(partial / ABOUT, describe(model, saved, names, points, form, thresholds))
         if folder.is_dir():   # an empty one, see utils.export
             folder.rmdir()
         partial.rename(folder)
@@ -160,8 +160,12 @@ def write_folder(model: BoostedNet, saved: dict[str, Any], points: Sequence[dict
 
 
 def describe(model: BoostedNet, saved: dict[str, Any], steps: Sequence[str], points: Sequence[dict[str, Any]], form: str,
-             ) -> dict[str, Any]:
-    """Content of model.json (format 2): all that is needed to run the programs, and what wrote them."""
+             thresholds: str = "geometric") -> dict[str, Any]:
+    """Content of model.json (format 2): all that is needed to run the programs, and what wrote them.
+
+    `thresholds` says what the points are of: "geometric" (eq. 9), "optimised", or "promise", whose only point has the entries
+    max_drop and confidence_level beside the mean MACs of the hold-out.
+    """
     side = saved["architecture"]["image_size"]
     mean, std = statistics_of(saved["dataset"], side)
     tools = {"torch": ["torch"], "onnx": ["torch", "onnx", "onnxscript", "onnxruntime"]}[form]
@@ -170,8 +174,9 @@ def describe(model: BoostedNet, saved: dict[str, Any], steps: Sequence[str], poi
             "class_names": name_outputs(saved["class_names"], saved["architecture"]["num_classes"]),
             "temperatures": list(model.temperatures),
             "macs": measure_model(model, side, side)[0],
-            "thresholds": "geometric", "calibration": None,
-            "budgets": [{"macs": point["budget"], "thresholds": point["thresholds"], "test_top1": point["test_top1"]}
+            "thresholds": thresholds, "calibration": None,
+            "budgets": [{"macs": point["budget"], "thresholds": point["thresholds"], "test_top1": point["test_top1"],
+                         **{name: point[name] for name in ("max_drop", "confidence_level") if name in point}}
                         for point in points],
             "versions": {name: metadata.version(name) for name in tools}, "opset": OPSET if form == "onnx" else None}
 

@@ -35,13 +35,14 @@ from utils.evaluation.operating_points import (
     warn_of_missed_budgets,
 )
 from utils.evaluation.predict import Predictions, predict
+from utils.evaluation.thresholds import describe_gain, optimised_curve
 from utils.options.parser import rising
 from utils.runs import checkpoint
 from utils.runs.folder import SPLIT
 from utils.runs.result_files import RESULTS
 
 KINDS = ("anytime", "dynamic")
-CURVES = ("anytime", "dynamic", "dynamic_released")   # files that are drawn from the arrays
+CURVES = ("anytime", "dynamic", "dynamic_released", "dynamic_optimised")   # files that are drawn from the arrays
 FILES = {RESULTS, *(f"{name}.json" for name in CURVES),
          *(name.format(kind) for name, kind in product(("model_{}.pth", "arrays_{}.npz"), KINDS))}
 # Flags that say where things lie on the machine of the run.
@@ -195,8 +196,11 @@ def load_arrays(path: Path) -> tuple[dict[str, Any], dict[str, Arrays]]:
         raise UserError(f"{path} is not a file of published arrays: {error}") from error
 
 
-def redraw(folder: Path, kind: str) -> list[Path]:
-    """Write the curves of `kind` ("anytime" or "dynamic") from the arrays in `folder`, and return their files."""
+def redraw(folder: Path, kind: str, *, optimised: bool = False) -> list[Path]:
+    """Write the curves of `kind` ("anytime" or "dynamic") from the arrays in `folder`, and return their files.
+
+    With `optimised`, or where it is there already, the dynamic ones are joined by that of thresholds chosen for accuracy.
+    """
     path = folder / f"arrays_{kind}.npz"
     about, parts = load_arrays(path)
     needed = {"test"} if kind == "anytime" else {"test", "valid"}
@@ -212,10 +216,13 @@ def redraw(folder: Path, kind: str) -> list[Path]:
     else:
         both = (*parts["valid"], *test, about["macs"])
         fitted = budget_curve(*both)
+        optimised = optimised or (folder / "dynamic_optimised.json").exists()   # which must not be of other weights
+        chosen = optimised_curve(*both) if optimised else None
         curves = {name: {**about, "family": family, "flat": False, "augmented_hold_out": False,
                          "points": [{**point, "thresholds": finite(point["thresholds"])} for point in points]}
                   for name, family, points in (("dynamic", "eq9", fitted),
-                                               ("dynamic_released", "released", released_curve(*both)))}
+                                               ("dynamic_released", "released", released_curve(*both)),
+                                               ("dynamic_optimised", "optimised", chosen)) if points}
     for name, curve in curves.items():
         write_json(folder / f"{name}.json", curve)
     if kind == "dynamic":
@@ -223,4 +230,6 @@ def redraw(folder: Path, kind: str) -> list[Path]:
             say(f"note: {path} has confidences in half precision, where all above 1 - 2^-12 are equal "
                 f"({100 * (test.confidence == 1).mean():.1f} % of the test set's)")
         warn_of_missed_budgets(fitted, len(parts["valid"].correct[0]))
+        if chosen:
+            say(f"{folder}: {describe_gain(chosen, macs)}")
     return [folder / f"{name}.json" for name in curves]

@@ -31,13 +31,14 @@ ROUNDING = 1e-6
 
 
 def evaluate_realtime(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], budgets: Sequence[float] | None = None,
-                      cost: str = "macs", suffix: str = "") -> dict[str, Any]:
+                      cost: str = "macs", thresholds: str = "geometric", suffix: str = "") -> dict[str, Any]:
     """Run early exit over the test set; prints one row per budget and writes realtime*.json.
 
     Args:
         budgets: average cost per image; None takes five between the costs of the first and of the last exit.
         cost: "macs", or "latency" for budgets in milliseconds per image. The cost of an exit is then measured here, on a
             batch of the evaluation's size.
+        thresholds: "geometric" for eq. 9, or "optimised".
     Returns:
         The content of the JSON file.
     Raises:
@@ -55,14 +56,14 @@ def evaluate_realtime(model: BoostedNet, data, folder: Path, *, about: dict[str,
     measure = MEASURES[about["policy"]]
     valid, test = predict(ready, data.valid(), measure), predict(ready, data.test(), measure)
     points = []
-    for budget in budgets:
-        thresholds = operating_points.fit(valid.confidence, costs, budget)
-        early_exit = EarlyExit(ready, thresholds, measure=measure)
-        promised = evaluate_thresholds(valid.confidence, valid.correct, thresholds, costs)[1]
-        points.append({"budget": budget, "thresholds": operating_points.finite(thresholds), "valid_mean_cost": promised,
-                       **_run(early_exit, data.test(), test, thresholds, about["macs"], latency_ms)})
+    for budget, fitted in zip(budgets, operating_points.fit_all(valid, costs, budgets, thresholds)):
+        early_exit = EarlyExit(ready, fitted, measure=measure)
+        promised = evaluate_thresholds(valid.confidence, valid.correct, fitted, costs)[1]
+        points.append({"budget": budget, "thresholds": operating_points.finite(fitted), "valid_mean_cost": promised,
+                       **_run(early_exit, data.test(), test, fitted, about["macs"], latency_ms)})
     about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
-    result = {**about, "cost": cost, "batch_size": len(next(iter(data.test())).images), "latency_ms": latency_ms.tolist(),
+    result = {**about, "family": "optimised" if thresholds == "optimised" else "eq9", "cost": cost,
+              "batch_size": len(next(iter(data.test())).images), "latency_ms": latency_ms.tolist(),
               "versions": versions(next(model.parameters()).device), "points": points}
     write_json(folder / f"{stem('realtime', result, suffix)}.json", result)
     _print(result)
@@ -118,8 +119,9 @@ def _print(result: dict[str, Any]) -> None:
                      f"{point['top1']:.2f}", f"{point['simulated_top1']:.2f}", f"{point['seconds']:.2f}",
                      f"{point['ms_per_image']:.4g}", f"{point['predicted_ms']:.4g}", point["n_differ"],
                      " ".join(f"{100 * share:3.0f}" for share in point["exit_share"])])
-    title = (f"\nEarly exit in real time: {result['arch']} {describe(result)} {result['dataset']}, {result['n_test']} test "
-             f"images in batches of {result['batch_size']}, 10^6 MACs and ms per image\n"
+    chosen = ", thresholds chosen for accuracy" if result["family"] == "optimised" else ""
+    title = (f"\nEarly exit in real time{chosen}: {result['arch']} {describe(result)} {result['dataset']}, "
+             f"{result['n_test']} test images in batches of {result['batch_size']}, 10^6 MACs and ms per image\n"
              f"{machine['device']}, {machine['threads']} CPU threads, torch {machine['torch']}; to reach each exit "
              f"{' '.join(f'{ms:.3g}' for ms in result['latency_ms'])} ms per image")
     say(format_table([f"budget, {unit}", f"hold-out {unit}", "test MACs", "simulated", "top-1", "simulated", "wall s",

@@ -24,11 +24,11 @@ equal cost, the more the less cross-fitting finds it better (`cross_fitted_trust
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from adaptive_inference import exit_index, exit_shares, fit_thresholds, solve_exit_rate
+from adaptive_inference import budget_grid, exit_index, exit_shares, fit_thresholds, measure, solve_exit_rate
 
 # Confidences this close to 0 or 1 count as equal in the regression: half precision cannot tell them apart either.
 CLIP = 1e-3
@@ -279,6 +279,62 @@ def fit_shares(confidence: np.ndarray, shares: np.ndarray) -> np.ndarray:
     return thresholds
 
 
+def optimised_thresholds(confidence: np.ndarray, correct: np.ndarray, costs: Sequence[float], budgets: Sequence[float],
+                         ) -> list[np.ndarray]:
+    """(n_exits,) thresholds for each budget."""
+    return [fit_shares(confidence, shares) for shares in BestShares(confidence, correct, costs).at(budgets)]
+
+
+# Curves
+
+N_RESAMPLES = 10_000   # of the bootstrap
+ABOVE = 0.4            # share of the whole network's cost above which a curve is summed up
+
+
+def optimised_curve(val_confidence: np.ndarray, val_correct: np.ndarray, test_confidence: np.ndarray, test_correct: np.ndarray,
+                    costs: Sequence[float], budgets: Sequence[float] | None = None) -> list[dict[str, Any]]:
+    """One point per budget as from `adaptive_inference.budget_curve`, with two entries in place of the exit rate p.
+
+    These are `test_gain`, by how many points more of the test set are right than with the thresholds of eq. 9 for the same
+    budget, and `test_gain_interval`, its 95 % interval by a paired bootstrap over test images.
+    """
+    budgets = budget_grid(costs) if budgets is None else np.sort(np.asarray(budgets, np.float64).ravel())
+    rows = BestShares(val_confidence, val_correct, costs).at(budgets)
+    points = []
+    for budget, shares, geometric in zip(budgets.tolist(), rows, geometric_shares(np.asarray(costs, np.float64), budgets)):
+        thresholds = fit_shares(val_confidence, shares)
+        gain, interval = _paired_gain(test_confidence, test_correct, thresholds, fit_thresholds(val_confidence, geometric))
+        points.append({"budget": budget, "shares": shares.tolist(), "thresholds": thresholds.tolist(),
+                       **measure("valid", val_confidence, val_correct, thresholds, costs),
+                       **measure("test", test_confidence, test_correct, thresholds, costs),
+                       "test_gain": gain, "test_gain_interval": interval})
+    return points
+
+
+def _paired_gain(confidence: np.ndarray, correct: np.ndarray, thresholds: np.ndarray, others: np.ndarray,
+                 ) -> tuple[float, list[float]]:
+    """Points of accuracy that `thresholds` are above `others`, and the 95 % interval."""
+    inputs = np.arange(confidence.shape[1])
+    right, right_by_others = (correct[exit_index(confidence, each), inputs] for each in (thresholds, others))
+    won, lost = int(np.sum(right & ~right_by_others)), int(np.sum(right_by_others & ~right))
+    # Resampling inputs is drawing how many of them are won, lost and neither.
+    share = np.array([won, lost, inputs.size - won - lost]) / inputs.size
+    drawn = np.random.default_rng(0).multinomial(inputs.size, share, size=N_RESAMPLES)
+    interval = np.quantile(100 * (drawn[:, 0] - drawn[:, 1]) / inputs.size, [0.025, 0.975])
+    return 100 * (won - lost) / inputs.size, interval.tolist()
+
+
+def describe_gain(points: Sequence[dict[str, Any]], costs: Sequence[float]) -> str:
+    """One line on how an optimised curve compares with that of eq. 9."""
+    high = [point for point in points if point["budget"] > ABOVE * costs[-1]] or points
+    gains = [point["test_gain"] for point in high]
+    above = sum(point["test_gain_interval"][0] > 0 for point in high)
+    below = sum(point["test_gain_interval"][1] < 0 for point in high)
+    where = f"of {len(high)} budgets" + (f" above {100 * ABOVE:.0f} % of the MACs" if len(high) < len(points) else "")
+    return (f"Over eq. 9 at the same budget: {np.mean(gains):+.2f} points of test accuracy on average {where} (from "
+            f"{min(gains):+.2f} to {max(gains):+.2f}); the 95 % interval lies above 0 at {above} of them, below 0 at {below}")
+
+
 # A promise on accuracy
 
 class Promise(NamedTuple):
@@ -336,6 +392,31 @@ def certify(confidence: np.ndarray, correct: np.ndarray, costs: Sequence[float],
     mean_cost = costs[exit_index(new, passed)].mean()
     drop = 100 * _losses(new, new_right, passed).mean()
     return Promise(passed, passed is not whole, max_drop, level, fitted.size, tested.size, float(drop), float(mean_cost))
+
+
+def promise_point(val_confidence: np.ndarray, val_correct: np.ndarray, test_confidence: np.ndarray, test_correct: np.ndarray,
+                  costs: Sequence[float], max_drop: float, level: float) -> dict[str, Any]:
+    """A promise as the point of a curve; `budget` is what the second part of the hold-out spends per input."""
+    found = certify(val_confidence, val_correct, costs, max_drop, level)
+    return {"budget": found.mean_cost, "max_drop": max_drop, "confidence_level": level, "certified": found.certified,
+            "n_fit": found.n_fit, "n_tested": found.n_tested, "valid_drop": found.drop, "thresholds": found.thresholds.tolist(),
+            **measure("valid", val_confidence, val_correct, found.thresholds, costs),
+            **measure("test", test_confidence, test_correct, found.thresholds, costs)}
+
+
+def describe_promise(point: dict[str, Any], *, chosen_on_hold_out: bool) -> str:
+    """What a promise says and what it rests on, and what is wrong where the held-out images chose the checkpoint."""
+    if point["certified"]:
+        text = (f"With probability {point['confidence_level']:g} over the draw of the held-out images, accuracy lies at most "
+                f"{point['max_drop']:g} points below the whole network's on new images like the held-out ones (fitted on "
+                f"{point['n_fit']} of them, tested on {point['n_tested']})")
+    else:
+        text = (f"No early exit could be certified to lose at most {point['max_drop']:g} points with {point['n_tested']} "
+                "held-out images: these are the thresholds of the whole network")
+    if chosen_on_hold_out:
+        text += ("\nwarning: this epoch was chosen on the held-out images, which are therefore no longer like new ones: the "
+                 "probability is not guaranteed; model_latest.pth does not have that flaw")
+    return text
 
 
 def _losses(confidence: np.ndarray, correct: np.ndarray, thresholds: np.ndarray) -> np.ndarray:

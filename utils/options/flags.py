@@ -18,7 +18,8 @@ FREE_ON_RESUME = frozenset((
     "result_dir", "tensorboard_dir", "data_root", "resume", "checkpoint", "checkpoint_key", "new_classifier", "start_epoch",
     "workers", "val_workers", "device", "gpu", "threads", "deterministic", "print_freq", "save_every_minutes",
     "skip_unreadable", "distributed", "dist_backend", "local_rank", "bnAfter", "evaluate_from", "evalmode", "ensemble",
-    "policy", "budget", "cost", "images", "sweep", "flat_curve", "publish", "save_suffix",
+    "policy", "budget", "cost", "images", "thresholds", "max_drop", "confidence_level", "sweep", "flat_curve", "publish",
+    "save_suffix",
 ))
 
 # What may differ between the processes of one run: what is different on another machine. The files behind the paths are compared.
@@ -275,6 +276,14 @@ def _evaluation_flags(parser: argparse.ArgumentParser) -> None:
              "--evalmode realtime (default: macs; latency for budgets in milliseconds)")
     add("--images", nargs="+", metavar="PATH",
         help="classify these image files and say at which exit each one left; takes one --budget in MACs")
+    add("--thresholds", choices=("geometric", "optimised"), default="geometric",
+        help="how exit thresholds follow from a budget: shares of inputs that fall geometrically from exit to exit (eq. 9 of the "
+             "paper), or those with the largest accuracy on the held-out images (default: %(default)s)")
+    add("--max_drop", type=within(number, 0, 100, above=True, below=True), metavar="P",
+        help="dynamic, --images: instead of a budget, the cheapest thresholds whose accuracy lies at most P points below the "
+             "whole network's, with the probability of --confidence_level over the draw of the held-out images")
+    add("--confidence_level", type=within(number, 0.5, 1, below=True), default=0.95, metavar="C",
+        help="probability of --max_drop (default: %(default)s)")
     add("--sweep", choices=("released",), help="dynamic: the 39 exit distributions of the authors' program instead")
     add("--flat_curve", action="store_true",
         help="dynamic: keep the previous thresholds where a larger budget does not raise hold-out accuracy")

@@ -11,7 +11,7 @@ from utils.core.errors import UserError
 from utils.core.files import misfit, read_json
 from utils.options.catalog import METHODS
 from utils.options.flags import FREE_ON_RESUME, build_parser
-from utils.runs.result_files import FAMILIES, RESULTS
+from utils.runs.result_files import CHOSEN, FAMILIES, RESULTS
 
 # How a run was judged, and what chance decided, make no other training.
 NOT_TRAINING = FREE_ON_RESUME - {"checkpoint", "start_epoch"} | {"seed", "paper_protocol"}
@@ -168,6 +168,8 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     if problem:
         raise UserError(f"{path} is damaged: {problem}")
     suffix = path.stem.removeprefix(mode).removeprefix("_flat")
+    if mode == "dynamic" and content["family"] in CHOSEN:
+        suffix = suffix.removeprefix(f"_{content['family']}")
     return {**content, "name": content["name"] + suffix, "suffix": suffix}
 
 

@@ -38,9 +38,16 @@ FAMILIES = {
                   "shares of eq. 9, one solution per budget", "eq. 9"),
     "released": Family("p", "{:.2f}".format, "q", "released sweep (shares ~ q^n, q = 1/20 ... 39/20)",
                        "released sweep, shares proportional to $q^n$", "released sweep"),
+    "optimised": Family("budget", millions, "budget", "thresholds chosen for accuracy",
+                        "thresholds with the largest held-out accuracy for each budget", "optimised thresholds"),
+    "promise": Family("max_drop", "{:g}".format, "at most points lost", "the cheapest thresholds that keep a promise on accuracy",
+                      "the cheapest thresholds that keep a promise on accuracy", "promised accuracy"),
     "patience": Family("patience", str, "patience", "patience (exits in a row with one answer)",
                        "one point per patience: exits in a row with one answer", ""),
 }
+
+
+CHOSEN = ("optimised", "promise")   # families in files of their own, beside those of the paper
 
 
 def stem(mode: str, about: Mapping[str, Any], save_suffix: str = "") -> str:
@@ -48,12 +55,13 @@ def stem(mode: str, about: Mapping[str, Any], save_suffix: str = "") -> str:
 
     Args:
         mode: "anytime", "dynamic" or "realtime".
-        about: content of the file, or as much of it as is not as usual: `flat`, `augmented_hold_out`, `ensemble` (with
-            `temperatures`), `policy`.
+        about: content of the file, or as much of it as is not as usual: `flat`, `family`, `augmented_hold_out`, `ensemble`
+            (with `temperatures`), `policy`.
         save_suffix: the user's own (--save_suffix).
     """
     policy, temperatures = about.get("policy"), unusual_temperatures(about)
-    parts = ["flat" if about.get("flat") else None, "augmented" if about.get("augmented_hold_out") else None,
+    chosen = about.get("family") if about.get("family") in CHOSEN else None
+    parts = ["flat" if about.get("flat") else None, chosen, "augmented" if about.get("augmented_hold_out") else None,
              about.get("ensemble"), f"t{temperatures}" if temperatures else None, policy if policy != "confidence" else None]
     return "_".join([mode, *filter(None, parts)]) + save_suffix
 
