@@ -210,7 +210,7 @@ def test_budget_out_of_range_is_refused_with_the_range(budget):
         ai.solve_exit_rate([10, 30, 70], budget)
 
 
-@pytest.mark.parametrize("costs", [[], [[1.0, 2.0]], [2.0, 1.0], [0.0, 1.0], [1.0, math.nan], [-1.0, 1.0]])
+@pytest.mark.parametrize("costs", [[], [[1.0, 2.0]], [2.0, 1.0], [0.0, 1.0], [1.0, math.nan], [1.0, math.inf], [-1.0, 1.0]])
 def test_costs_that_are_not_cumulative_are_refused(costs):
     with pytest.raises(ValueError, match="costs"):
         ai.solve_exit_rate(costs, 1.0)
@@ -403,6 +403,16 @@ def test_flat_released_curve_keeps_the_accuracies_but_prints_the_new_cost(golden
     plain = ai.released_curve(*golden_inputs, COSTS)
     assert [point["test_top1"] for point in plain] == [point["test_accuracy"] for point in golden_points]
     assert plain[0].keys() == ai.budget_curve(*golden_inputs, COSTS, [2e7])[0].keys()
+
+
+def test_points_of_the_released_sweep_say_their_q(golden_inputs):
+    assert [point["p"] for point in ai.released_curve(*golden_inputs, COSTS)] == [step / 20 for step in range(1, 40)]
+
+
+def test_the_flat_sweep_begins_with_the_first_point_even_where_no_answer_is_right():
+    confidence, wrong = np.linspace(0, 1, 20, dtype=np.float32).reshape(2, 10), np.zeros((2, 10), bool)
+    points = ai.released_sweep(confidence, wrong, confidence, ~wrong, [1, 2])
+    assert {point["flat_test_accuracy"] for point in points} == {100.0}
 
 
 def test_patience_lets_inputs_leave_where_so_many_exits_in_a_row_agree():

@@ -110,6 +110,7 @@ class Ranked(nn.Module):
         self.anything = nn.Parameter(torch.zeros(1))
 
     def forward(self, images):
+        assert not self.training
         return [self._scores(images[:, n]) for n in range(2)]
 
     def _scores(self, place):
@@ -122,12 +123,18 @@ class Pass(list):
 
     def __init__(self, places: torch.Tensor, batch_size: int) -> None:
         super().__init__((part, torch.full((len(part),), 3), 1.0) for part in places.split(batch_size))
-        self.index = torch.arange(len(places))
+        self.insert(1, (places[:0], torch.zeros(0, dtype=torch.int64), 1.0))   # its two images could not be read
+        self.index = torch.arange(len(places) + 2)
 
 
 def test_top5_counts_labels_on_the_first_five_places():
     places = torch.tensor([[1, 6], [2, 5], [3, 4], [4, 6], [5, 7], [6, 6], [7, 1]])
-    found = predict(Ranked(), Pass(places, batch_size=3))
+    for training in (True, False):
+        model = Ranked().train(training)
+        found = predict(model, Pass(places, batch_size=3))
+        assert model.training is training
+    assert found.n_samples == 7 and found.confidence.shape == (2, 7)
+    assert found.confidence.dtype == torch.float32 and found.correct.dtype == torch.bool
     assert found.top1 == pytest.approx([100 / 7, 100 / 7])
     assert found.top5.tolist() == pytest.approx([500 / 7, 300 / 7])
     assert found.correct.tolist() == (places == 1).T.tolist()

@@ -204,8 +204,18 @@ def test_temperatures_expand_from_one_two_or_all_values():
     assert expand_temperatures([0.5], 3) == [0.5, 0.5, 0.5]
     assert expand_temperatures([0.3, 0.7], 3) == pytest.approx([0.3, 0.5, 0.7])
     assert expand_temperatures([0.1, 0.2, 0.3], 3) == [0.1, 0.2, 0.3]
+    assert expand_temperatures([0.3, 0.7], 1) == [0.3]
     with pytest.raises(ValueError, match="3 values for 4 exits"):
         expand_temperatures([1, 2, 3], 4)
+
+
+def test_temperatures_that_make_no_sense_are_refused_and_the_sum_is_frozen_unless_asked_otherwise():
+    for wrong, message in (([0.5], "1 temperatures for 2 exits"), ([0.5, math.nan], "finite"), ([math.inf, 0.5], "finite")):
+        with pytest.raises(ValueError, match=message):
+            BoostedNet(Counted(), wrong)
+    model, raw, previous = BoostedNet(Counted(), [0, 0.5]), torch.ones(1, 4), torch.ones(1, 4, requires_grad=True)
+    assert model.trainable_ensemble is False and not model.add(1, raw, previous).requires_grad
+    assert model.add(1, raw, previous, trainable=True).requires_grad
 
 
 def test_msdnet_keeps_the_default_initialisation():
@@ -265,6 +275,34 @@ def test_counting_leaves_the_model_as_it_is(backbone):
     assert [m.training for m in model.modules()] == modes
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+class Counted(torch.nn.Module):
+    """Two exits of every kind of layer that is counted, with kernels and images that are not square."""
+
+    n_exits = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 6, (3, 5), padding=(1, 2), groups=3), torch.nn.BatchNorm2d(6),
+                                          torch.nn.ReLU(), torch.nn.AvgPool2d((2, 3)))
+        self.pool = torch.nn.MaxPool2d(3)
+        self.classifier = torch.nn.ModuleList([torch.nn.Linear(216, 4), torch.nn.Linear(24, 4)])
+
+    def start(self, x):
+        return x
+
+    def step(self, n, state):
+        state = self.pool(state) if n else self.layers(state)
+        return self.classifier[n](state.flatten(1)), state
+
+
+def test_macs_and_parameters_counted_by_hand():
+    first = 6 * 12 * 18 * 3 * 5 + 6 * 12 * 18 + 6 * 6 * 6 * 2 * 3 + 217 * 4   # convolution, ReLU, pooling, classifier
+    second = 6 * 2 * 2 * 3 * 3 + 25 * 4
+    weights = 6 * 3 * 5 + 6 + 2 * 6 + 217 * 4
+    assert measure_model(Counted(), 12, 18) == ([first, first + second], [weights, weights + 25 * 4])
+    assert measure_model(BoostedNet(Counted().double(), [0.5, 0.5]), 12, 18)[0] == [first, first + second]
 
 
 def test_macs_of_convolutions_and_linear_layers_agree_with_torchs_counter(backbone):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,7 +54,8 @@ def test_points_are_read_from_the_file_of_the_way_of_reading(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [[], [{"budget": 1.0}], [{"budget": 1.0, "test_top1": 2.0, "thresholds": [1.0, -1.0]}],
-                                   [{"budget": None, "test_top1": 2.0, "thresholds": [1.0, 1.0, -1.0]}]])
+                                   [{"budget": None, "test_top1": 2.0, "thresholds": [1.0, 1.0, -1.0]}],
+                                   [*curve()["points"], {"budget": 1.0, "test_top1": 2.0, "thresholds": [1.0, -1.0]}]])
 def test_damaged_points_are_refused(tmp_path, wrong):
     with pytest.raises(UserError, match="dynamic.json is damaged .* evaluate with --evalmode dynamic again"):
         taken(tmp_path, curve(points=wrong))
@@ -62,6 +64,7 @@ def test_damaged_points_are_refused(tmp_path, wrong):
 def test_thresholds_of_half_precision_are_taken_only_where_no_confidence_was_rounded_to_one(tmp_path, caplog):
     reached = curve(precision="half", points=[{"budget": 1.0, "test_top1": 2.0, "thresholds": [1.0, 0.5, -1.0]}])
     assert taken(tmp_path, reached) == [] and "not used" in caplog.text
+    assert taken(tmp_path, {**reached, "points": [*curve()["points"], *reached["points"]]}) == []   # one is enough
     assert taken(tmp_path, {**reached, "confidence_type": "float32"}) == reached["points"]
     assert taken(tmp_path, {**reached, "precision": "single"}) == reached["points"]
     assert taken(tmp_path, curve(precision="half")) == curve()["points"]
@@ -108,3 +111,15 @@ def test_budgets_missed_by_more_than_half_a_percent_are_named(capsys):
     points_of.warn_of_missed_budgets(points[:1], 90)
     points_of.warn_of_missed_budgets([{"budget": 40e6, "valid_mean_macs": 40.2e6}], 90)   # half a percent is not more
     assert not capsys.readouterr().out
+
+
+def test_default_budgets_lie_between_the_first_exit_and_the_last():
+    assert sorted(points_of.DEFAULT_BUDGETS) == list(points_of.DEFAULT_BUDGETS)
+    assert points_of.DEFAULT_BUDGETS[0] > 0 and points_of.DEFAULT_BUDGETS[-1] < 1
+
+
+def test_without_a_hold_out_there_are_no_operating_points():
+    points_of.require_hold_out(SimpleNamespace(n_valid=1))
+    for n_valid in (0, None):
+        with pytest.raises(UserError, match="--use-valid"):
+            points_of.require_hold_out(SimpleNamespace(n_valid=n_valid))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from utils.core.errors import UserError
 from utils.data.sampling import plan_evaluation, plan_training
-from utils.data.split import Split
+from utils.data.split import Split, hash_labels
 
 LABELS = torch.arange(40) % 4
 
@@ -140,3 +140,54 @@ def test_skipping_batches_leaves_the_rest_of_the_pass():
     rest = plan.skip(3)
     assert torch.equal(rest.index, plan.index[24:]) and rest.sizes == plan.sizes[3:] and rest.shares == plan.shares[3:]
     assert len(plan.skip(len(plan.sizes)).index) == 0
+    assert rest.n_dropped == plan.n_dropped and plan.skip(0).sizes == plan.sizes
+
+
+def test_evaluation_weights_no_batch_and_takes_everything_by_default():
+    plan = plan_evaluation(torch.arange(7), batch_size=3)
+    assert (plan.index.tolist(), plan.sizes, plan.shares, plan.n_dropped) == (list(range(7)), [3, 3, 1], [1.0] * 3, 0)
+    assert plan_evaluation(torch.arange(7), batch_size=3, rank=1, world=3).index.tolist() == [1, 4]
+
+
+def test_an_index_is_a_rising_list_of_images_that_exist():
+    def split(*index):
+        return Split(torch.tensor(index, dtype=torch.int64), 40, 0, "hash")
+
+    for index in ((0,), (39,), (0, 1, 39)):
+        assert split(*index).valid_index.tolist() == list(index)
+    for index in ((), (40,), (-1, 3), (1, 1, 2), (0, 2, 1, 3), (3, 40)):
+        with pytest.raises(UserError, match="rising list"):
+            split(*index)
+    for wrong in (torch.tensor([[1]]), torch.tensor([1.0]), [1]):
+        with pytest.raises(UserError, match="rising list"):
+            Split(wrong, 40, 0, "hash")
+    assert len(Split.draw(LABELS, 1, seed=0).valid_index) == 1 and len(Split.draw(LABELS, 39, seed=0).valid_index) == 39
+
+
+def test_a_stored_order_of_all_images_holds_out_its_last_ones():
+    labels, order = torch.tensor([0, 1, 1, 0, 2]), torch.tensor([4, 0, 3, 1, 2], dtype=torch.int32)
+    split = Split.from_permutation(labels, order, 2)
+    assert (split.valid_index.tolist(), split.seed, split.n_total) == ([1, 2], 0, 5)
+    split.check(labels)
+    assert Split.from_permutation(labels, order, 1).valid_index.tolist() == [2]
+    assert Split.from_permutation(labels, order, 4).train_index.tolist() == [4]
+    for wrong in (order.tolist(), order[None], order.float(), order[:4], torch.tensor([0, 0, 1, 2, 3])):
+        with pytest.raises(UserError, match="index.pth"):
+            Split.from_permutation(labels, wrong, 2)
+    for size in (0, -1, 5, 6):
+        with pytest.raises(UserError, match="between 1 and 4"):
+            Split.from_permutation(labels, order, size)
+
+
+def test_a_file_with_code_in_it_is_refused_and_a_missing_one_named(tmp_path):
+    torch.save({**Split.draw(LABELS, 10, seed=0).to_dict(), "more": Split}, tmp_path / "split.pth")
+    with pytest.raises(UserError, match="cannot be read as a hold-out split"):
+        Split.load(tmp_path / "split.pth")
+    with pytest.raises(FileNotFoundError, match="training with --use-valid writes one"):
+        Split.load(tmp_path / "none.pth")
+
+
+def test_hashes_are_those_of_published_checkpoints():
+    split = Split(torch.tensor([1, 3]), 5, 7, hash_labels(torch.tensor([0, 1, 1, 0, 2])))
+    assert split.labels_hash == "01419f6f6b885d26987cee9549f0689e0014a59831457076edfdd08d3666ea93"
+    assert split.hash == "863c72f604b9d7b2d9f52ab9c00894e3edd8a0f6887d6e8b8e9c1be1a71991b8"
