@@ -24,8 +24,8 @@ ranet_curves=()
 anytime() {
     local folder=$RESULT_ROOT/$1_any_$2_seed$3
     tables+=("$folder")
-    bash "$ROOT/$1_scripts/train_cifar100_any.sh" --result_dir "$folder" --resume --method "$2" --seed "$3" --paper_protocol \
-        ${given[@]+"${given[@]}"}
+    pass_signals bash "$ROOT/$1_scripts/train_cifar100_any.sh" --result_dir "$folder" --resume --method "$2" --seed "$3" \
+        --paper_protocol ${given[@]+"${given[@]}"}
 }
 
 # budgeted FAMILY METHOD SIZE: a model of figure 4, evaluated with eq. 9, with the released sweep, and with that on an augmented
@@ -33,7 +33,8 @@ anytime() {
 budgeted() {
     local folder=$RESULT_ROOT/$1_batch_$3_$2 evaluate
     if [ "$1" = msdnet ]; then msdnet_curves+=("$folder"); else ranet_curves+=("$folder"); fi
-    bash "$ROOT/$1_scripts/train_cifar100_batch.sh" "$3" --result_dir "$folder" --resume --method "$2" ${given[@]+"${given[@]}"}
+    pass_signals bash "$ROOT/$1_scripts/train_cifar100_batch.sh" "$3" --result_dir "$folder" --resume --method "$2" \
+        ${given[@]+"${given[@]}"}
     evaluate=("$python" "$ROOT/eval_cifar100.py" --data-root "${DATA_ROOT:-$ROOT/data/cifar100}"
         --evaluate-from "$folder/model_best.pth" --evalmode dynamic ${place[@]+"${place[@]}"})
     run "${evaluate[@]}"

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -139,11 +140,12 @@ def test_training_settings_are_the_papers(tmp_path):
     cifar = flags(model_commands("train", "ranet_cifar100", "any", tmp_path))
     assert (cifar.epochs, cifar.lr_milestones, cifar.batch_size) == (300, [150, 225], 64)
     command = model_commands("train", "msdnet_imagenet", "any", tmp_path)
-    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
+    # Standalone, torchrun would otherwise look for the address of the host's name, which a container may not have.
+    assert command[1:7] == ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node=4"]
     imagenet = flags(command)
     assert (imagenet.epochs, imagenet.lr_milestones, imagenet.batch_size) == (90, [30, 60], 64)
     assert (imagenet.gpu, imagenet.distributed) == ("0,1,2,3", True)
-    assert imagenet.tensorboard_dir == f"{imagenet.result_dir}/log"
+    assert imagenet.tensorboard_dir is None   # inside --result_dir
     for args in (cifar, imagenet):
         assert (args.lr_f, args.weight_decay, args.ensemble_reweight, args.workers) == (0.1, [1e-4], [0.5], 16)
 
@@ -173,7 +175,45 @@ def test_the_number_of_processes_and_torchruns_options_can_be_set(tmp_path):
     two = model_commands("train", "ranet_imagenet", "any", tmp_path, NPROC="2")
     assert "--nproc_per_node=2" in two and flags(two).gpu == "0,1"
     nodes = model_commands("train", "ranet_imagenet", "any", tmp_path, TORCHRUN="--nnodes=2 --nproc_per_node=4")
-    assert nodes[3:5] == ["--nnodes=2", "--nproc_per_node=4"] and "--standalone" not in nodes
+    assert nodes[3:5] == ["--nnodes=2", "--nproc_per_node=4"] and not {"--standalone", "--local-addr"} & {*nodes}
+
+
+@pytest.mark.parametrize("given", [["--result_dir", "/my run"], ["--result_dir=/my run"],
+                                   ["--result_dir", "x", "--result_dir=/my run"]])
+@pytest.mark.parametrize(("model", "size"), [("msdnet_cifar100", "any"), ("ranet_imagenet", "any"), ("msdnet_imagenet", "4")])
+def test_a_result_folder_given_is_the_one_that_is_trained_and_evaluated(model, size, given, tmp_path):
+    family, dataset = model.split("_")
+    mode, arguments = ("any", given) if size == "any" else ("batch", [size, *given])
+    for action in ("train", "eval"):
+        [command] = commands(f"{family}_scripts/{action}_{dataset}_{mode}.sh", *arguments, cwd=tmp_path)
+        args = flags(command)
+        assert args.result_dir == "/my run" and args.evaluate_from in (None, "/my run/model_best.pth")
+        assert str(tmp_path / "results") not in " ".join(command) and f"{ROOT}/results" not in " ".join(command)
+
+
+@pytest.mark.parametrize("action", ["train", "eval"])
+@pytest.mark.parametrize("given", ["--result_dir=x", "--tensorboard_dir x", "--evaluate-from x"])
+def test_all_sizes_in_turn_do_not_share_one_folder(action, given, tmp_path):
+    done = bash(ROOT / f"ranet_scripts/{action}_cifar100_batch.sh", *given.split(), cwd=tmp_path, DRY_RUN="1")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "name the SIZE" in done.stderr
+
+
+def test_an_exported_cdpath_changes_nothing():
+    done = bash("msdnet_scripts/train_cifar100_any.sh", cwd=ROOT, DRY_RUN="1", CDPATH=str(ROOT))
+    assert [done.stdout] == [bash("msdnet_scripts/train_cifar100_any.sh", cwd=ROOT, DRY_RUN="1").stdout] and done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP], ids=lambda n: n.name)
+@pytest.mark.parametrize("script", ["train_cifar100_any", "paper_tables"])   # the second calls other scripts
+def test_a_signal_reaches_the_run_and_ends_the_script_with_the_runs_exit_code(script, number, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/bash\ntrap 'exit 75' {number.name}\necho started\nfor i in {{1..400}}; do sleep 0.05; done\n")
+    python.chmod(0o755)
+    with subprocess.Popen(["bash", ROOT / f"msdnet_scripts/{script}.sh"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          env={**os.environ, "PYTHON": str(python), "RESULT_ROOT": str(tmp_path)}, text=True) as process:
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(number)
+        assert process.wait(timeout=20) == 75 and process.stdout.read() == ""
 
 
 def test_a_failing_run_stops_the_script_with_its_exit_code(tmp_path):

@@ -4,11 +4,13 @@
 #   DATA_ROOT    folder of the data set                            (default: data/DATASET)
 #   RESULT_ROOT  folder of the run folders                         (default: results)
 #   NPROC        processes, one per GPU, of an ImageNet training   (default: 4)
-#   TORCHRUN     options of torchrun there                         (default: --standalone --nproc_per_node=NPROC)
+#   TORCHRUN     options of torchrun there
+#                (default: --standalone --local-addr 127.0.0.1 --nproc_per_node=NPROC)
 #   DRY_RUN=1    print the commands instead of running them
 #
 # Relative paths are taken from the folder the caller is in.
 set -euo pipefail
+unset CDPATH # with it, cd prints a folder and may choose another one
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
@@ -22,22 +24,38 @@ fail() {
 }
 
 # refuse FLAG... -- ARGUMENT...: end where an argument is one of these flags, which a script sets itself for every run.
+# The variable `reason` says it in other words.
 refuse() {
     local flags=" " argument
     while [ "$1" != -- ]; do flags+="$1 " && shift; done
     for argument in "${@:2}"; do
-        case $flags in *" ${argument%%=*} "*) fail "${argument%%=*} cannot be given: this script sets it" ;; esac
+        case $flags in *" ${argument%%=*} "*) fail "${argument%%=*} cannot be given: ${reason:-this script sets it}" ;; esac
     done
 }
 
-# place_of ARGUMENT...: set the array `place` to those of the arguments that say where a run computes and where its data are,
-# which evaluation has to be told as well.
+# value_of FLAG DEFAULT ARGUMENT...: print the value that the arguments give a flag, the last one where there are several.
+value_of() {
+    local flag=$1 value=$2
+    shift 2
+    while [ $# -gt 0 ]; do
+        case $1 in
+            "$flag") value=${2-$value} ;;
+            "$flag="*) value=${1#*=} ;;
+        esac
+        shift
+    done
+    printf '%s\n' "$value"
+}
+
+# place_of ARGUMENT...: set the array `place` to those of the arguments that say where a run computes, where its data are and
+# how they are read, which evaluation has to be told as well.
 place_of() {
     place=()
     while [ $# -gt 0 ]; do
-        case " --data-root --device --gpu --threads --val_workers " in
+        case " --data-root --device --gpu --threads --val_workers --decoder " in
             *" $1 "*) place+=("$1" ${2+"$2"}); [ $# -eq 1 ] || shift ;;
             *" ${1%%=*} "*) place+=("$1") ;;
+            *) if [ "$1" = --skip_unreadable ]; then place+=("$1"); fi ;;
         esac
         shift
     done
@@ -58,8 +76,25 @@ run() {
     else
         command -v "$1" >/dev/null || fail "there is no program '$1'; see PYTHON in utils/shell.sh"
         { printf '+ '; printf '%q ' "$@"; echo; } >&2
-        "$@"
+        pass_signals "$@"
     fi
+}
+
+# Run a command to which signals are passed on: it saves and ends, and its exit code ends the script.
+pass_signals() {
+    local child code signal
+    set -m # in a process group of its own, which Ctrl-C reaches once, from here, and in which it is not ignored
+    "$@" &
+    child=$!
+    set +m
+    for signal in INT TERM USR1 HUP; do trap "kill -$signal $child 2>/dev/null || true" $signal; done
+    while :; do # a signal ends `wait` before the command has ended
+        code=0
+        wait "$child" || code=$?
+        kill -0 "$child" 2>/dev/null || break
+    done
+    trap - INT TERM USR1 HUP
+    return $code
 }
 
 # prepare_environment FILE...: make .venv and install the requirement files (paths in the repository) that have changed
@@ -96,10 +131,15 @@ run_name() {
     esac
 }
 
+# result_dir DATASET SIZE FLAG...: the run folder of a model, which --result_dir among the flags chooses.
+result_dir() {
+    value_of --result_dir "$RESULT_ROOT/$(run_name "$1" "$2")" "${@:3}"
+}
+
 # train DATASET SIZE FLAG...: train a model with the paper's settings; later flags win.
 train() {
     local dataset=$1 result launch=() settings network
-    result=$RESULT_ROOT/$(run_name "$1" "$2")
+    result=$(result_dir "$@")
     read -ra network <<<"$(network "$1" "$2")"
     shift 2
     case $dataset in
@@ -107,10 +147,10 @@ train() {
         imagenet)
             local nproc=${NPROC:-4} options
             [[ $nproc =~ ^[1-9][0-9]*$ ]] || fail "NPROC is the number of processes, got '$nproc'"
-            read -ra options <<<"${TORCHRUN:---standalone --nproc_per_node=$nproc}"
+            # Without an address torchrun asks for that of the host's name, and hangs where the name has none.
+            read -ra options <<<"${TORCHRUN:---standalone --local-addr 127.0.0.1 --nproc_per_node=$nproc}"
             launch=(-m torch.distributed.run "${options[@]}") # what the command torchrun runs
-            settings=(--lr_milestones 30,60 --epochs 90 --distributed --tensorboard_dir "$result/log"
-                --gpu "$(seq 0 $((nproc - 1)) | paste -sd, -)")
+            settings=(--lr_milestones 30,60 --epochs 90 --distributed --gpu "$(seq 0 $((nproc - 1)) | paste -sd, -)")
             ;;
     esac
     run "$(python_path)" ${launch[@]+"${launch[@]}"} "$ROOT/train_$dataset.py" \
@@ -122,7 +162,7 @@ train() {
 # them is left out.
 evaluate() {
     local dataset=$1 result settings mode=() network words
-    result=$RESULT_ROOT/$(run_name "$1" "$2")
+    result=$(result_dir "$@")
     network=$(network "$1" "$2")
     if [ "$2" != any ]; then mode=(--evalmode dynamic --flat_curve); fi # which is what --flat_curve goes with
     shift 2
@@ -139,7 +179,7 @@ evaluate() {
     run "$(python_path)" "$ROOT/eval_$dataset.py" \
         --dataset "$dataset" --data-root "${DATA_ROOT:-$ROOT/data/$dataset}" --result_dir "$result" "${network[@]}" \
         --evaluate-from "$result/model_best.pth" --save_suffix _use_reweight --ensemble_reweight 0.5 \
-        --workers 1 --gpu 0 "${mode[@]}" "${settings[@]}" "$@"
+        --workers 1 --gpu 0 ${mode[@]+"${mode[@]}"} "${settings[@]}" "$@"
 }
 
 # each_size train|evaluate DATASET [SIZE] FLAG...: the budgeted-batch model of that size, by default all in turn.
@@ -151,6 +191,9 @@ each_size() {
         [ "$1" != any ] && [ -n "$(network "$dataset" "$1")" ] || fail "there is no size '$1'; the sizes are" $chosen
         chosen=$1
         shift
+    else # the files of one size would replace those of another
+        reason="it is for one size, and all are done in turn here; name the SIZE first" \
+            refuse --result_dir --tensorboard_dir --evaluate-from --publish -- "$@"
     fi
     for size in $chosen; do "$action" "$dataset" "$size" "$@"; done
 }
