@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from args import parse_args
-from utils.options.flags import build_parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,8 +88,6 @@ def test_every_command_is_taken(page, capsys):
                 benchmark = [word for word in rest[:1] if name == "utils.benchmark" and not word.startswith("-")]
                 program.main([*benchmark, "--help"])
             known = capsys.readouterr().out
-            if name == "utils.compare":   # takes those of training too
-                known += build_parser().format_help()
             for flag in (word.split("=")[0] for word in rest if word.startswith("--")):
                 assert flag in known, f"{page.name}: {name} has no {flag}"
         for word in words:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 import warnings
@@ -21,6 +22,7 @@ import train_cifar100
 from dataloader import build_data
 from models import BoostedNet, MSDNet
 from utils.core.errors import UserError
+from utils.core.machine import require_open_files
 from utils.data import large_images as imagefolder
 from utils.data.augment import IMAGENET_STATISTICS
 from utils.data.decoders import DECODERS, PillowDecoder, decode, random_box, sample_generator, scaled_size
@@ -30,6 +32,7 @@ from utils.evaluation.classify import read_images
 from utils.training import engine
 from utils.training.engine import EpochFigures
 
+ROOT = Path(__file__).parent.parent
 SIZES = [(320, 240), (240, 321), (500, 260), (261, 262), (230, 400), (300, 300)]
 
 
@@ -528,3 +531,27 @@ def test_real_images_are_torchvisions_to_the_last_bit(tmp_path, real_data):
 def test_torchcodec_is_as_close_on_real_images(real_data):
     pytest.importorskip("torchcodec")
     assert_close_to_pillow(sorted(map(str, (real_data / "imagenet_sample").glob("*/*.JPEG"))))
+
+
+NO_LIMIT = resource.RLIM_INFINITY
+
+
+@pytest.mark.parametrize("limits, workers, after", [((100, 4096), 2, 100), ((60, 4096), 2, 80), ((60, NO_LIMIT), 8, 128),
+                                                    ((NO_LIMIT, NO_LIMIT), 8, NO_LIMIT)])
+def test_the_limit_of_open_files_is_raised_as_far_as_the_workers_need(monkeypatch, limits, workers, after):
+    now = [limits]
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: now[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: now.append(limits))
+    require_open_files(workers)
+    assert now[-1] == (after, limits[1])
+
+
+def test_too_few_open_files_end_the_program_with_one_line(tmp_path):
+    """Before, the loader hung for ever over workers that it could not start."""
+    make_folder(tmp_path)
+    code = ("from dataloader import build_data; from utils.core.errors import user_errors\n"
+            f"with user_errors(): build_data(dataset='folder', data_root={str(tmp_path)!r}, image_size=224, workers=8)")
+    done = subprocess.run(["bash", "-c", 'ulimit -n 52; exec "$@"', "bash", sys.executable, "-c", code], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "52 files open" in done.stderr and "ulimit -n 128" in done.stderr

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 LATE = {"torchvision", "matplotlib", "tensorboard"}   # slow to import, needed by few
 
@@ -79,3 +81,12 @@ def test_importing_every_module_reads_no_arguments_and_prints_nothing():
 def test_tables_and_figures_load_no_torch():
     code = "import sys, utils.plots, utils.report, utils.ablation, adaptive_inference; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize("lacking", ["sys.modules['fcntl'] = None", "del signal.SIGUSR1", "del signal.pthread_sigmask"])
+@pytest.mark.parametrize("program", ["train_cifar100", "eval_imagenet", "utils.plots"])
+def test_a_system_that_lacks_what_is_needed_gets_one_line(program, lacking):
+    code = f"import runpy, signal, sys; sys.argv = ['program.py']; {lacking}; runpy.run_module('{program}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "program.py: error: this project runs on Linux and macOS" in done.stderr

@@ -1,8 +1,12 @@
 """Figures from small made-up run folders."""
 import json
 import logging
+import os
 import resource
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 
@@ -282,3 +286,10 @@ def test_published_numbers_are_complete_and_in_order_of_cost():
             assert len(numbers.millions) == len(numbers.baseline) == len(numbers.boostnet)
             assert list(numbers.millions) == sorted(numbers.millions)
             assert all(50 < top1 < 80 for top1 in (*numbers.baseline, *numbers.boostnet))
+
+
+def test_a_backend_of_a_notebook_that_is_not_installed_here_is_no_obstacle():
+    code = "import os; from utils.reports.style import new_figure; new_figure(2, 2); print(os.environ['MPLBACKEND'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+                          timeout=120, env={**os.environ, "MPLBACKEND": "inline"})
+    assert (done.returncode, done.stdout) == (0, "inline\n"), done.stderr

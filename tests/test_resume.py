@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ import args as cli
 import train_cifar100
 from models import BoostedNet
 from utils.core.errors import STOPPED
+from utils.core.machine import peak_memory
 from utils.methods.losses import ExitLosses
 from utils.runs import checkpoint
 from utils.training import trainer
@@ -340,11 +343,44 @@ def test_a_tensorboard_folder_that_cannot_be_is_named_before_the_first_step(imag
     assert f"{tmp_path / 'file'} cannot be written" in one_line_error(capsys, lambda: train_cifar100.main(line))
 
 
-def test_what_tensorboard_raises_costs_no_epoch(images, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.runs.folder.Run.scalars", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        train_cifar100.main(command(images, tmp_path))
-    assert checkpoint.load(tmp_path / checkpoint.LATEST)["epoch"] == 1 and (tmp_path / "results.json").exists()
+@pytest.mark.parametrize("broken", ["missing", "import", "start", "write"])
+def test_a_run_goes_on_without_a_tensorboard_that_is_missing_or_broken(images, tmp_path, monkeypatch, capsys, broken):
+    import torch.utils.tensorboard as module
+
+    def fail(*arguments, **options):
+        raise AttributeError("module 'distutils' has\nno attribute 'version'")
+
+    if broken == "missing":
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    elif broken == "import":
+        monkeypatch.delattr(module, "SummaryWriter")
+    else:
+        monkeypatch.setattr(module.SummaryWriter, "__init__" if broken == "start" else "add_scalar", fail)
+    assert train_cifar100.main(command(images, tmp_path)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    warning, = [n for n, line in enumerate(lines) if "TensorBoard does not work here" in line]
+    first_epoch = next(n for n, line in enumerate(lines) if line.startswith("epoch 1/2"))
+    assert (warning < first_epoch) == (broken in ("missing", "import"))
+    assert len(outcome(tmp_path)["results"]["epochs"]) == 2
+
+
+def test_peak_memory_is_the_larger_one_of_all_starts(images, tmp_path, monkeypatch):
+    for rss, cuda, epochs, expected in ((500, 7, 1, (500, 7)), (400, 9, 2, (500, 9)), (600, 8, 3, (600, 9))):
+        monkeypatch.setattr("utils.runs.folder.peak_memory",
+                            lambda device, rss=rss, cuda=cuda: {"peak_rss_bytes": rss, "peak_cuda_bytes": cuda})
+        assert train_cifar100.main(command(images, tmp_path / "run", "--resume", "--epochs", str(epochs))) == 0
+        results = json.loads((tmp_path / "run" / "results.json").read_text())
+        assert (results["peak_rss_bytes"], results["peak_cuda_bytes"]) == expected
+
+
+def test_resident_memory_is_that_of_the_program_and_not_of_its_parent():
+    hoard = bytearray(2**30)
+    hoard[::4096] = b"x" * len(hoard[::4096])
+    code = "import torch; from utils.core.machine import peak_memory; print(*peak_memory(torch.device('cpu')).values())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(cli.__file__).parent, capture_output=True, text=True, timeout=60)
+    resident, on_gpu = map(int, done.stdout.split())
+    assert 50 * 2**20 < resident < 900 * 2**20 and on_gpu == 0
+    assert peak_memory(torch.device("cpu"))["peak_rss_bytes"] > 2**30
 
 
 @pytest.mark.parametrize("kept", [["results.json"], ["model_best.pth"]])

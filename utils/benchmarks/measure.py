@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.core.machine import resident_bytes
 from utils.options.parser import whole
 
 
@@ -92,11 +93,6 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> int | None
         Path("/proc/self/clear_refs").write_text("5")   # resets the peak, see proc(5)
     except (OSError, AttributeError):
         return None
-    before = _resident("VmRSS")
+    before = resident_bytes("VmRSS")
     function()
-    return _resident("VmHWM") - before
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+    return resident_bytes("VmHWM") - before

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import platform
+import resource
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,48 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def require_open_files(workers: int) -> None:
+    """Make sure that this process may have the files open that it needs with so many workers.
+
+    Where too few may be, a data loader waits for ever for workers that it could not start.
+
+    Raises:
+        UserError: when the system's limit is too low and cannot be raised from here.
+    """
+    needed = 64 + 8 * workers   # about 40 without, and the pipes of each worker
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = [limit == resource.RLIM_INFINITY or limit >= needed for limit in (soft, hard)]
+    if enough[0]:
+        return
+    if not enough[1]:
+        raise UserError(f"this process may have {hard} files open at once and needs {needed} with {workers} workers; raise the "
+                        f"limit with `ulimit -n {needed}`, or pass lower --workers and --val_workers")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def resident_bytes(field: str) -> int:
+    """Memory of this process that Linux has in /proc/self/status: VmRSS is resident now, VmHWM was the most at one time.
+
+    Raises:
+        OSError: on a system without that file.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most memory that this process has had at one time, as results.json has it: resident, and PyTorch's tensors on the GPU
+    (0 without one).
+    """
+    try:   # what getrusage says begins with the memory of the process that started this one
+        resident = resident_bytes("VmHWM")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        resident = peak if sys.platform == "darwin" else 1024 * peak
+    return {"peak_rss_bytes": resident,
+            "peak_cuda_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0}
 
 
 def choose_device(name: str, gpu: str, threads: int | None = None) -> torch.device:

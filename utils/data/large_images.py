@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils.core.errors import UserError
+from utils.core.machine import require_open_files
 from utils.core.signals import held_back, interruptible, leave_signals_to_parent
 from utils.data.augment import Normalise
 from utils.data.decoders import DECODERS, evaluation_crop, explain, random_box, sample_generator
@@ -105,6 +106,8 @@ class FolderImages:
         self.decoder, self.skip_unreadable = decoder, skip_unreadable
         self.unreadable: set[int] = set()
         DECODERS[decoder]()  # complains about a missing library now, not in a worker
+        if workers:
+            require_open_files(workers)
 
     def read(self, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
         """Un-augmented batches: shorter side to 256 (for crops of 224), then the middle."""

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,13 @@ LEGEND = {"loc": "best", "framealpha": 0.9, "edgecolor": "#CCCCCC"}
 
 def new_figure(width: float, height: float) -> Any:
     """An empty matplotlib figure, sizes in inches, that needs no display."""
+    # Matplotlib refuses to start with the name of a backend that is not installed, such as a notebook's inherited from outside.
+    # No backend is used here.
+    backend = os.environ.pop("MPLBACKEND", None)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)   # its cache is nobody's concern here
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)

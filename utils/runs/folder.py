@@ -4,8 +4,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from utils.core.errors import UserError
 from utils.core.files import read_json, sweep, write_json
 from utils.core.lock import locked
 from utils.core.log import close_log, open_log
-from utils.core.machine import versions
+from utils.core.machine import peak_memory, versions
 from utils.data.split import Split
 from utils.runs.checkpoint import BEST, LATEST, NAMES, PREVIOUS, TEST_BEST, load_latest
 from utils.runs.result_files import RESULTS
@@ -28,36 +29,42 @@ SPLIT = "split.pth"
 class Run:
     """Where a run writes; in all processes but the first it writes nothing.
 
+    Args:
+        open_writer: makes TensorBoard's writer; None writes no scalars.
     Attributes:
         folder: of the run.
         log: logger to the terminal and, in the first process, to train.log.
         results: content of results.json.
     """
 
-    def __init__(self, folder: Path, *, tensorboard_dir: Path, results: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, *, open_writer: Callable[..., Any] | None, results: dict[str, Any],
+                 device: torch.device) -> None:
         self.folder, self.results = folder, results
         self.log = logging.getLogger("boostnet")
-        self._tensorboard_dir = tensorboard_dir
-        self._writer = None
+        self._open_writer, self._writer, self._device = open_writer, None, device
 
     def scalars(self, values: dict[str, float], epoch: int) -> None:
-        """Write TensorBoard scalars."""
-        if not distributed.is_main():
+        """Write TensorBoard scalars. What goes wrong there ends the scalars, with a warning, and not the run."""
+        if self._open_writer is None:
             return
-        if self._writer is None:   # opened late: importing it takes a second
-            from torch.utils.tensorboard import SummaryWriter
-            self._writer = SummaryWriter(self._tensorboard_dir, purge_step=epoch)
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, epoch)
-        self._writer.flush()
+        try:
+            self._writer = self._writer or self._open_writer(purge_step=epoch)
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, epoch)
+            self._writer.flush()
+        except Exception as error:   # it stands on half a dozen other packages
+            self._open_writer = None
+            _warn_of_tensorboard(error)
 
     def save_results(self) -> None:
         """Rewrite results.json."""
         if distributed.is_main():
+            for name, peak in peak_memory(self._device).items():
+                self.results[name] = max(peak, self.results[name])
             write_json(self.folder / RESULTS, self.results)
 
     def close(self) -> None:
-        if self._writer is not None:
+        if self._writer is not None and self._open_writer is not None:
             self._writer.close()
 
 
@@ -156,8 +163,34 @@ def start_run(args: argparse.Namespace, data, device: torch.device, saved: dict[
             data.split.save(path / SPLIT)
     results = {"format": 1, "version": __version__, "config": config, "processes": distributed.world_size(),
                "n_train": data.n_train, "data_hash": data.data_hash, "split_hash": data.split.hash if data.split else None,
-               "versions": versions(device)}
-    return Run(path, tensorboard_dir=scalars, results=results)
+               "versions": versions(device), **_peaks_so_far(path)}
+    return Run(path, open_writer=_tensorboard(scalars) if distributed.is_main() else None, results=results, device=device)
+
+
+def _peaks_so_far(folder: Path) -> dict[str, int]:
+    """Peak memory of the run before it was stopped; 0 where it begins, or an older version did not measure it."""
+    peaks = dict.fromkeys(("peak_rss_bytes", "peak_cuda_bytes"), 0)
+    try:
+        before = read_json(folder / RESULTS, dict.fromkeys(peaks, int), peaks)
+    except (UserError, OSError):   # whatever is wrong with it, the run will write it again
+        return peaks
+    return {name: before[name] for name in peaks}
+
+
+def _tensorboard(folder: Path) -> Callable[..., Any] | None:
+    """Makes a writer of TensorBoard's files in `folder`; None, with a warning, where TensorBoard is missing or broken."""
+    try:   # now and not after the first epoch, since nobody looks at the terminal any more by then
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception as error:
+        _warn_of_tensorboard(error)
+        return None
+    return partial(SummaryWriter, folder)
+
+
+def _warn_of_tensorboard(error: Exception) -> None:
+    logging.getLogger("boostnet").warning(
+        "TensorBoard does not work here (%s: %s); the run goes on without it, with all figures in train.log and %s; `pip install "
+        "--upgrade tensorboard` puts it right", type(error).__name__, " ".join(str(error).split()), RESULTS)
 
 
 def plain(config: dict[str, Any]) -> dict[str, Any]:
