@@ -9,7 +9,7 @@ import torch
 from models import BoostedNet, MSDNet
 from models.layers import Bottleneck
 from utils import benchmark
-from utils.benchmarks import training
+from utils.benchmarks import early_exit, training
 from utils.benchmarks.measure import Measurement, peak_memory, time_calls
 
 QUICK = ["sweep", "--samples", "50", "--exits", "3", "--repeats", "3"]
@@ -42,6 +42,28 @@ def test_compare_uses_results_of_the_same_configuration_only(capsys):
     earlier = Measurement("thing", (1.0,), config={"exits": 5}).summary()
     assert benchmark.compare([Measurement("thing", (9.0,), config={"exits": 6}).summary()], [earlier], 0.2) == 0
     assert "nothing to compare with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, value", [("device", "a GPU"), ("threads", 16), ("unit", "ms")])
+def test_compare_uses_results_of_the_same_machine_only(name, value, capsys):
+    line = Measurement("thing", (9.0,)).summary() | {"device": "a CPU", "threads": 1}
+    assert benchmark.compare([line], [{**line, "median": 1.0}], 0.2) == 1
+    assert benchmark.compare([line], [{**line, "median": 1.0, name: value}], 0.2) == 0
+    assert "nothing to compare with" in capsys.readouterr().out
+
+
+def test_early_exit_and_the_full_networks_are_timed_in_the_same_way(monkeypatch, tmp_path, capsys):
+    """Each after an untimed pass of its own, and by the name of the form that was used."""
+    monkeypatch.setitem(early_exit.NETWORKS, "msdnet10", lambda: MSDNet(n_blocks=2, n_channels=4, base=1, step=1))
+    calls, seconds, exit_times = [], early_exit._seconds, early_exit.exit_times
+    monkeypatch.setattr(early_exit, "_seconds", lambda device, call, x: calls.append(call) or seconds(device, call, x))
+    monkeypatch.setattr(early_exit, "exit_times", lambda model, x: calls.append(early_exit.exit_times) or exit_times(model, x))
+    file = tmp_path / "speed.jsonl"
+    line = f"early_exit --device cpu --images 6 --batch-sizes 3 --budgets 0.1,0.8 --repeats 2 --json {file}"
+    assert benchmark.main(line.split()) == 0
+    kinds = [list(dict.fromkeys(calls)).index(call) for call in calls]
+    assert kinds == 2 * [kind for kind in range(4) for _ in range(2 * 2)]   # two batches in two passes, in two repeats
+    assert all(json.loads(line)["config"]["form"] == "growing" for line in file.read_text().splitlines())
 
 
 def test_the_first_call_is_not_timed():

@@ -10,6 +10,8 @@ import torch
 
 import eval_cifar100
 import train_cifar100
+from utils.data.batches import Batches
+from utils.data.sampling import plan_evaluation
 from utils.evaluation import operating_points, programs, realtime
 from utils.evaluation.fast_form import load_model, prepare_for_inference
 from utils.runs import checkpoint
@@ -81,6 +83,28 @@ def test_latency_is_the_sum_of_median_steps_in_milliseconds_per_image(monkeypatc
     # For 8 images the medians are 8 and 16 ms.
     assert realtime.measure_latency(None, torch.zeros(8, 3, 2, 2)).tolist() == pytest.approx([1.0, 3.0])
     assert not list(passes)
+
+
+def test_nothing_is_read_while_early_exit_is_timed(monkeypatch):
+    """Processes that decode the next images take from the time of these."""
+    reading, seen = [], []
+
+    def read(plan):
+        reading.append(True)
+        for part in plan.index.split(plan.sizes):
+            yield torch.zeros(len(part), 3, 32, 32), part
+        reading.pop()
+
+    def runner(images):
+        assert not reading
+        return torch.arange(len(images)), None, torch.zeros(len(images), dtype=torch.int64)
+
+    monkeypatch.setattr(realtime, "PART_BYTES", 2 * 4 * 3 * 32 * 32 * 4)   # two batches of four
+    batches = Batches(plan_evaluation(torch.arange(18), batch_size=4), read)
+    passes = realtime._classify([runner, lambda images: seen.append(len(images)) or runner(images)], batches, 32)
+    assert [len(torch.cat(result.exits)) for result in passes] == [18, 18] and all(result.seconds > 0 for result in passes)
+    assert torch.cat(passes[0].correct).tolist() == [True] * 4 + [False] * 14   # in the order of the test set
+    assert seen == [4, 4, 4] * 2 + [2, 2]   # the first batch of a part twice
 
 
 def test_a_budget_in_milliseconds_out_of_range_names_the_range(images, run, monkeypatch, capsys):

@@ -135,12 +135,13 @@ def test_evaluation_shards_cover_each_image_once(n, batch_size, world):
     assert all(max(plan.sizes, default=0) <= batch_size and sum(plan.sizes) == len(plan.index) for plan in plans)
 
 
-def test_skipping_batches_leaves_the_rest_of_the_pass():
+def test_a_part_of_a_pass_has_its_batches_as_they_are():
     plan = plan_training(torch.arange(50), batch_size=8, seed=0, epoch=2)
-    rest = plan.skip(3)
+    rest, middle = plan.part(3), plan.part(1, 3)
     assert torch.equal(rest.index, plan.index[24:]) and rest.sizes == plan.sizes[3:] and rest.shares == plan.shares[3:]
-    assert len(plan.skip(len(plan.sizes)).index) == 0
-    assert rest.n_dropped == plan.n_dropped and plan.skip(0).sizes == plan.sizes
+    assert torch.equal(middle.index, plan.index[8:24]) and middle.sizes == plan.sizes[1:3] and middle.shares == plan.shares[1:3]
+    assert len(plan.part(len(plan.sizes)).index) == 0 and len(plan.part(5, 100).index) == 10
+    assert rest.n_dropped == plan.n_dropped and plan.part(0).sizes == plan.sizes
 
 
 def test_evaluation_weights_no_batch_and_takes_everything_by_default():

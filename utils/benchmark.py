@@ -28,6 +28,9 @@ from utils.options.parser import OneLineParser, is_path, number
 BENCHMARKS = {"early_exit": early_exit, "input": input_pipeline, "scaling": scaling, "sweep": sweep, "train": training}
 
 
+SAME = ("name", "config", "unit", "device", "threads")   # what makes two results comparable
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     with user_errors():
@@ -103,10 +106,10 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def compare(lines: Sequence[dict[str, Any]], earlier: Sequence[dict[str, Any]], tolerance: float) -> int:
-    """Print the ratio to the last earlier result of each name and configuration; 1 if a time grew beyond the tolerance."""
+    """Print the ratio to the last earlier result of the same thing; 1 if a time grew beyond the tolerance."""
     slower = False
     for line in lines:
-        before = [old for old in earlier if (old["name"], old["config"]) == (line["name"], line["config"])]
+        before = [old for old in earlier if all(old.get(name) == line.get(name) for name in SAME)]
         if not before:
             print(f"{line['name']}: nothing to compare with")
             continue

@@ -16,7 +16,7 @@ from op_counter import measure_model
 from utils.benchmarks.measure import Measurement, count
 from utils.core.tables import format_table
 from utils.evaluation.early_exit import SIZES_PER_DOUBLING, EarlyExit
-from utils.evaluation.fast_form import FORMS, exit_times, load_model, prepare_for_inference
+from utils.evaluation.fast_form import FORMS, default_form, exit_times, load_model, prepare_for_inference
 from utils.options.parser import list_of, number
 
 # The paper's networks for anytime prediction on CIFAR-100.
@@ -62,7 +62,7 @@ def run(args: Namespace, device: torch.device) -> list[Measurement]:
                                       sizes_per_doubling=args.sizes_per_doubling or None)
     results = []
     for size in args.batch_sizes:
-        config = {"network": name, "form": args.form or "default", "images": args.images, "batch size": size}
+        config = {"network": name, "form": args.form or default_form(device), "images": args.images, "batch size": size}
         results += _measure(model, ready, runners, macs, images.split(size), args.repeats, config)
     return results
 
@@ -90,26 +90,17 @@ def _confidence(model: BoostedNet, images: Tensor) -> Tensor:
 
 def _measure(model: BoostedNet, ready: BoostedNet, runners: dict[float, EarlyExit], macs: np.ndarray,
              batches: Sequence[Tensor], repeats: int, config: dict[str, Any]) -> list[Measurement]:
-    """Everything in every repeat, in turn, so that a slow moment of the machine meets all alike; the first is not counted."""
+    """Everything in every repeat, in turn, so that a slow moment of the machine meets all alike."""
     device, n_images = batches[0].device, sum(map(len, batches))
     plain_s, exits_s, latencies, shares = [], [], {f: [] for f in runners}, {}
-    for repeat in range(repeats + 1):
-        plain = [_seconds(device, model, x) for x in batches]
-        by_exit = np.sum([exit_times(ready, x) for x in batches], axis=0)
-        early = {}
+    for fraction, runner in runners.items():
+        left_at = torch.cat([runner(x).exit for x in batches])
+        shares[fraction] = torch.bincount(left_at, minlength=len(macs)).double().cpu().numpy() / n_images
+    for _ in range(repeats):
+        plain_s.append(sum(_second_pass(lambda x: _seconds(device, model, x), batches)))
+        exits_s.append(np.sum(_second_pass(lambda x: exit_times(ready, x), batches), axis=0))
         for fraction, runner in runners.items():
-            for x in batches:   # not timed: code that the CPU's library has made for the sizes of one budget is lost to the next
-                runner(x)
-            early[fraction] = [_seconds(device, runner, x) for x in batches]
-        if repeat == 0:
-            for fraction, runner in runners.items():
-                left_at = torch.cat([runner(x).exit for x in batches])
-                shares[fraction] = torch.bincount(left_at, minlength=len(macs)).double().cpu().numpy() / n_images
-            continue
-        plain_s.append(sum(plain))
-        exits_s.append(by_exit)
-        for fraction, seconds in early.items():
-            latencies[fraction].append(seconds)
+            latencies[fraction].append(_second_pass(lambda x, runner=runner: _seconds(device, runner, x), batches))
     cumulative = np.median(np.cumsum(exits_s, axis=1), axis=0)
     results = [Measurement("full network, plain", tuple(n_images / np.asarray(plain_s)), "images/s", config),
                Measurement("full network, this form", tuple(n_images / np.sum(exits_s, axis=1)), "images/s", config,
@@ -123,6 +114,15 @@ def _measure(model: BoostedNet, ready: BoostedNet, runners: dict[float, EarlyExi
             details |= {f"p{q} ms": float(np.percentile(seconds, q) * 1e3) for q in (50, 95, 99)}
         results.append(Measurement(f"budget M1 + {fraction:g} (MN - M1)", tuple(n_images / totals), "images/s", config, details))
     return results
+
+
+def _second_pass(timed: Callable[[Tensor], Any], batches: Sequence[Tensor]) -> list[Any]:
+    """The times of all batches in the second of two passes: code that the CPU's library has made for one network or the sizes of
+    one budget is lost to the next.
+    """
+    for x in batches:
+        timed(x)
+    return [timed(x) for x in batches]
 
 
 def _milliseconds(exits_s: Sequence[np.ndarray]) -> list[float]:

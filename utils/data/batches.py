@@ -49,6 +49,11 @@ class Batches:
     def __len__(self) -> int:
         return len(self._plan.sizes)
 
+    def parts(self, n_batches: int) -> Iterator[Batches]:
+        """The pass as several passes of at most `n_batches` batches, one after the other."""
+        for first in range(0, len(self), n_batches):
+            yield Batches(self._plan.part(first, first + n_batches), self._read)
+
     def __iter__(self) -> Iterator[Batch]:
         for (images, labels), size, share in zip(self._read(self._plan), self._plan.sizes, self._plan.shares):
             # A batch that lost unreadable images weighs as much less.
@@ -101,7 +106,7 @@ class Data:
         if plan.n_dropped and epoch == 0 and self._rank == 0:
             logger.warning("the last %d of %d training images of each epoch are left out: fewer than the %d processes",
                            plan.n_dropped, self.n_train, self._world)
-        return Batches(plan.skip(first_batch),
+        return Batches(plan.part(first_batch),
                        lambda plan: self._train_set.read_augmented(plan, seed=self._seed, epoch=epoch))
 
     def valid(self, epoch: int = 0) -> Batches:

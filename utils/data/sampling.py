@@ -36,10 +36,10 @@ class Plan:
     shares: list[float]
     n_dropped: int = 0
 
-    def skip(self, n_batches: int) -> Plan:
-        """The same plan from batch `n_batches` on."""
-        start = sum(self.sizes[:n_batches])
-        return Plan(self.index[start:], self.sizes[n_batches:], self.shares[n_batches:], self.n_dropped)
+    def part(self, first: int, end: int | None = None) -> Plan:
+        """The same plan from batch `first` on, up to batch `end`."""
+        start, stop = sum(self.sizes[:first]), sum(self.sizes[:end])
+        return Plan(self.index[start:stop], self.sizes[first:end], self.shares[first:end], self.n_dropped)
 
 
 def plan_training(samples: Tensor, *, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> Plan:

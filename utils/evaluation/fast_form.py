@@ -46,6 +46,10 @@ def load_teacher(path: str | Path, data) -> BoostedNet:
     return model
 
 
+def default_form(device: torch.device) -> str:
+    return "growing" if device.type == "cpu" else "folded"
+
+
 def prepare_for_inference(model: BoostedNet, form: str | None = None) -> BoostedNet:
     """A copy of a trained network for inference only; the network itself is left as it is.
 
@@ -57,8 +61,7 @@ def prepare_for_inference(model: BoostedNet, form: str | None = None) -> Boosted
             with every step through torch.compile, for any batch size, compiled at first use. Default: growing on the
             CPU, folded on a GPU.
     """
-    device = next(model.parameters()).device
-    form = form or ("growing" if device.type == "cpu" else "folded")
+    form = form or default_form(next(model.parameters()).device)
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; choose one of {', '.join(FORMS)}")
     ready = copy.deepcopy(model).eval().requires_grad_(False)
