@@ -68,7 +68,7 @@ EFFECTS: dict[str, Effect] = {
     **dict.fromkeys(("block_step", "scale_list", "compress_factor"), _both(arch=_RANETS)),
     "bnFactor": _both(bottleneck=True),
     # Method.
-    **{flag: _training(method=_methods(flag)) for facts in METHODS.values() for flag in facts.flags},
+    **{flag: _training(method=_methods(flag)) for facts in METHODS.values() for flag in sorted(facts.flags)},
     "trainable_ensemble": _both(method=_methods("trainable_ensemble")),
     "include_final": _training(method=_methods("include_final"), overlap=True),
     "distill_T": _training(method=_methods("distill_T"), distill_weight=True),
