@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
 import importlib
 import inspect
@@ -223,11 +224,12 @@ class Tests:
         session.config._tmp_path_factory.getbasetemp()   # one folder for all children
         known = self.first_pass()
         mutants = mutants_of(self.path)
-        total = len(mutants)
+        total, names = len(mutants), {mutant.name for mutant in mutants}
         if 0 < self.options.sample < total:
             mutants = random.Random(0).sample(mutants, self.options.sample)
-        reasons = _equivalent(self.module_name)
-        results = Counter()
+        reasons, results = _equivalent(self.module_name), Counter()
+        for name in sorted(reasons.keys() - names):
+            print(f"  no such mutant any more: {name}")
         for mutant in sorted(mutants, key=lambda m: m.line):
             if mutant.name in reasons:
                 results["equivalent"] += 1
@@ -245,9 +247,14 @@ class Tests:
             status = self.forked(lambda: Path(file.name).write_text(json.dumps(self._watched())), limit=FIRST_PASS)
             if status:
                 raise SystemExit(f"{self.module_name}: the first pass over its tests failed (status {status})")
-            return json.loads(Path(file.name).read_text())
+            known, modules = json.loads(Path(file.name).read_text())
+        for name in modules:   # what tests load while they run would have to be loaded for every mutant
+            if name not in sys.modules:
+                with contextlib.suppress(Exception):
+                    importlib.import_module(name)
+        return known
 
-    def _watched(self) -> dict[str, Any]:
+    def _watched(self) -> tuple[dict[str, Any], list[str]]:
         lines, name = set(), str(self.path)
 
         def local(frame, event, arg):
@@ -266,7 +273,7 @@ class Tests:
             if any(report.failed for report in reports):
                 raise SystemExit(f"{item.nodeid} fails without a mutant: {[r.longreprtext for r in reports if r.failed]}")
             known[item.nodeid] = [time.process_time() - start, sorted(lines)]
-        return known
+        return known, list(sys.modules)
 
     def fate(self, mutant: Mutant, known: dict[str, Any]) -> str:
         everywhere = not any(mutant.scope == getattr(f, "__qualname__", None) for f in _functions(self.module))
