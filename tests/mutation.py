@@ -58,7 +58,8 @@ TARGETS = {
     "utils.methods.distillation": ("test_methods", "distillation or teacher_s"),
     "utils.methods.block_losses": ("test_methods", "routed or groups_that"),
     "utils.methods.imta": ("test_methods", "by_hand"),
-    "utils.methods.l2w": ("test_methods test_methods_golden", "epsilon or meta_step or leave_in or iteration or weight_network"),
+    "utils.methods.l2w": ("test_methods test_methods_golden",
+                          "epsilon or meta_step or rate_of or leave_in or iteration or weight_network"),
 }
 FIRST_PASS = 10_000   # seconds of processor time it may take
 # Swapping the arguments of these changes nothing, or nothing but types.

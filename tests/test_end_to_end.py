@@ -94,6 +94,11 @@ def test_the_checkpoint_is_all_that_evaluation_needs(images, run, capsys):
     assert saved["class_names"] == ["class0", "class1", "class2"] and saved["method"] == "boost"
     assert saved["temperatures"] == [0.5, 0.5]
     assert {name.split(".")[0] for name in saved["state_dict"]} == {"blocks", "classifier"}
+    best = json.loads((run / "results.json").read_text())["best"]
+    assert (saved["epoch"], saved["epoch_kind"]) == (best["epoch"], "best on hold-out") and best["chosen_on"] == "hold-out"
+    latest = checkpoint.load(run / "model_latest.pth")
+    assert (latest["epoch"], latest["epoch_kind"]) == (2, "best on hold-out" if best["epoch"] == 2 else "last epoch")
+    assert json.loads((run / "results.json").read_text())["test"]["epoch_kind"] == "last epoch"
 
 
 def test_budgeted_evaluation_reports_requested_and_spent(images, run, capsys):
@@ -177,11 +182,13 @@ def test_weights_of_another_architecture_are_refused_with_the_tensor(images, run
 
 
 def test_dynamic_evaluation_without_a_hold_out_stops(images, tmp_path, capsys):
-    command = tiny.command(images, tmp_path / "all", "--epochs", "1")
+    command = tiny.command(images, tmp_path / "all")
     start = command.index("--use-valid")
     del command[start:start + 3]   # with its --valid_size
     assert train_cifar100.main(command) == 0
     assert json.loads((tmp_path / "all" / "results.json").read_text())["best"]["chosen_on"] == "last epoch"
+    kinds = [checkpoint.load(tmp_path / "all" / f"model_{name}.pth")["epoch_kind"] for name in ("previous", "latest", "best")]
+    assert kinds == ["epoch", "last epoch", "last epoch"]
     capsys.readouterr()
     message = tiny.one_line_error(capsys, lambda: _evaluate(images, tmp_path / "all", "--evalmode", "dynamic"))
     assert "--use-valid" in message and not list((tmp_path / "all").glob("dynamic*"))

@@ -189,6 +189,27 @@ def test_weighting_with_epsilon_zero_is_a_plain_step_on_each_half():
         assert not list(differences(*results)), boosted
 
 
+def test_the_rate_of_the_weight_network_falls_to_zero_as_a_cosine_over_the_epochs():
+    model = network(boosted=True)
+    method = l2w.SampleWeighting(model, still(model), meta_lr=0.2, epochs=4)
+    found = []
+    for epoch in range(5):
+        method.set_progress(epoch)
+        found += [group["lr"] for group in method.meta_optimizer.param_groups]
+    assert found == pytest.approx([0.2, 0.1707107, 0.1, 0.0292893, 0.0], abs=1e-7)
+
+
+def test_meta_steps_come_every_so_many_batches_one_for_each_half(monkeypatch):
+    model, (x, y), seen = network(boosted=True), batch(5), []
+    method = l2w.SampleWeighting(model, still(model), meta_interval=3)
+    monkeypatch.setattr(method, "meta_step", lambda *parts: seen.append((method.batches, *(len(part) for part in parts))))
+    for _ in range(5):
+        method.step(x, y)
+    assert seen == [(n, *sizes) for n in (0, 3) for sizes in ((2, 2, 3, 3), (3, 3, 2, 2))]
+    assert method.batches == 5 and method.step(x[:1], y[:1]).per_sample.shape == (3, 1)   # a single image needs no halves
+    assert method.batches == 5 and len(seen) == 4
+
+
 def test_a_meta_step_changes_the_weight_network_and_nothing_else():
     model, (x, y) = network(boosted=True), batch()
     method = l2w.SampleWeighting(model, torch.optim.SGD(model.parameters(), lr=0.1))

@@ -91,7 +91,7 @@ class Method:
         total.backward()
 
     def set_progress(self, epochs_done: float) -> None:
-        """Called before every step, with the epochs done so far, for schedules of the method's own."""
+        """Called before the steps of an epoch, with the number of epochs done, for schedules of the method's own."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides model and optimiser: tensors and plain types."""
