@@ -132,7 +132,7 @@ def _other_calls(call: ast.Call) -> Iterator[ast.AST]:
     if len(call.args) > 1 and name not in SYMMETRIC and not any(isinstance(a, ast.Starred) for a in call.args[:2]):
         yield ast.Call(call.func, [call.args[1], call.args[0], *call.args[2:]], call.keywords)
     for i, keyword in enumerate(call.keywords):
-        if keyword.arg:
+        if keyword.arg not in (None, "help"):
             yield ast.Call(call.func, call.args, call.keywords[:i] + call.keywords[i + 1:])
 
 

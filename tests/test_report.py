@@ -361,3 +361,10 @@ def test_files_of_anytime_evaluations_are_not_read(tmp_path):
 def test_the_same_run_twice_is_refused(tmp_path, capsys):
     runs = [str(write_run(tmp_path / name)) for name in ("a", "b")]
     assert "are runs of the same flags, seed 0 included; give one" in one_line_error(capsys, lambda: report.main(runs))
+
+
+def test_curves_of_one_network_stand_side_by_side_whatever_the_order_of_its_settings(tmp_path):
+    folders = [write_curve(tmp_path / "a", config={"nBlocks": 5, "base": 4}),
+               write_curve(tmp_path / "b", config={"base": 4, "nBlocks": 5})]
+    [table] = report.report(folders)
+    assert [row[0] for row in table.rows if "(" in row[0]] == ["BoostNet (a)", "BoostNet (b)"]
