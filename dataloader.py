@@ -108,7 +108,8 @@ def _split_of_order(order: Tensor, labels: Tensor, dataset: str, data_root: Path
         raise UserError(f"index.pth numbers the images as in the python archive of {dataset}; in the class folders of "
                         f"{data_root} the same numbers mean other images")
     if valid_size is None:
-        raise UserError("index.pth does not say how many of its images are held out, the last ones; pass --valid_size")
+        raise UserError("index.pth does not say how many of its images are held out, the last ones; pass --use-valid "
+                        "--valid_size N")
     return Split.from_permutation(labels, order, valid_size)
 
 

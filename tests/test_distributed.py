@@ -307,6 +307,7 @@ def test_a_backend_that_the_device_cannot_use_is_refused(monkeypatch):
 @pytest.mark.parametrize(("variables", "message"), [
     ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK and WORLD_SIZE in the environment, but not MASTER_ADDR and MASTER_PORT"),
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE in the environment, but not RANK and"),
+    ({**ENVIRONMENT, "RANK": "2"}, "RANK=2 in the environment, but with WORLD_SIZE=2 the processes are numbered from 0 to 1"),
     ({**ENVIRONMENT, "RANK": "first"}, "cannot find each other with RANK=first, WORLD_SIZE=2"),
 ])
 def test_an_environment_that_is_not_torchruns_is_refused_with_one_line(images, tmp_path, monkeypatch, capsys, variables, message):

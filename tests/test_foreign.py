@@ -139,16 +139,29 @@ def test_a_file_without_checksums_is_read_and_one_with_a_wrong_one_is_not(tmp_pa
     assert "damaged: the checksum" in refusal(path)
 
 
-def packed_tar() -> bytes:
-    stream = io.BytesIO()
+def packed_tar(content: bytes = b"") -> bytes:
+    stream, entry = io.BytesIO(), tarfile.TarInfo("model.pth")
+    entry.size = len(content)
     with tarfile.open(fileobj=stream, mode="w") as archive:
-        archive.addfile(tarfile.TarInfo("model.pth"), io.BytesIO())
+        archive.addfile(entry, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def in_memory(content: object) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream)
     return stream.getvalue()
 
 
 @pytest.mark.parametrize(("stored", "kind"), [
     (b"", "it is empty"),
     (packed_tar(), "a tar archive"),
+    (packed_tar(in_memory(WEIGHTS)), "a tar archive"),   # which ends like a zip archive
+    (b"\x89PNG\r\n\x1a\n" + bytes(60), "an image"),
+    (b"\x89HDF\r\n\x1a\n" + bytes(60), "an HDF5 file"),
+    (b'\x40\0\0\0\0\0\0\0{"weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}    ' + bytes(4), "a safetensors file"),
+    (pickle.dumps({"a": 1}, protocol=4), "a pickle that was not written by torch.save"),
+    (pickle.dumps({"a": 1}, protocol=2), "a pickle that was not written by torch.save"),
     (gzip.compress(b"x" * 100, mtime=0), "a gzip archive"),
     (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", "a web page"),
     (b"\n  <html lang=en>", "a web page"),
@@ -171,6 +184,8 @@ def test_archives_and_folders_are_called_by_their_names(tmp_path):
     path = tmp_path / "b.pth"
     path.write_bytes(pickle.dumps(WEIGHTS, protocol=4))
     assert "not written by torch.save" in refusal(path)
+    message = refusal(saved(tmp_path, WEIGHTS, pickle_protocol=4))
+    assert "another pickle_protocol" in message and "damaged" not in message
 
 
 def test_what_is_in_a_file_without_weights_is_listed(tmp_path):
@@ -220,7 +235,8 @@ def run(images, tmp_path_factory):
 def weights(run, tmp_path):
     """A file of the run's weights that says nothing of itself."""
     trained = checkpoint.load(run / "model_best.pth")["state_dict"]
-    torch.save({"net": {f"module.{name}": tensor for name, tensor in trained.items()}}, tmp_path / "weights.pth")
+    torch.save({"net": {f"module.{name}": tensor for name, tensor in trained.items()}, "epoch": 7},
+               tmp_path / "weights.pth")
     return tmp_path / "weights.pth"
 
 
@@ -236,7 +252,9 @@ def test_weights_without_a_split_are_evaluated_under_a_budget_on_images_that_are
     assert result["split_hash"] == Split.draw(labels, 8, seed=3).hash and result["n_valid"] == 8
     [warning] = [message for message in caplog.messages if "hold-out" in message]
     assert "drawn with seed 3" in warning and "may have been trained on them" in warning
+    capsys.readouterr()
     assert evaluate(images, weights) == 0   # anytime needs none
+    assert "epoch 7, 12 test images" in capsys.readouterr().out   # how that epoch was chosen, the file does not say
     assert json.loads((weights.parent / "anytime.json").read_text())["top1"] == json.loads(
         (run / "anytime.json").read_text())["top1"]
     capsys.readouterr()
@@ -256,7 +274,7 @@ def test_the_order_of_images_beside_the_weights_says_what_is_held_out(images, we
     assert "last 8 images of" in caplog.text and "index.pth" in caplog.text
     capsys.readouterr()
     message = tiny.one_line_error(capsys, lambda: evaluate(images, weights, "--evalmode", "dynamic", "--use-valid"))
-    assert "pass --valid_size" in message
+    assert "pass --use-valid --valid_size" in message
     torch.save(order[:40], weights.parent / "index.pth")
     message = tiny.one_line_error(capsys, lambda: evaluate(images, weights, "--evalmode", "dynamic", "--use-valid",
                                                            "--valid_size", "8"))

@@ -172,9 +172,10 @@ def test_mistakes_with_images_end_with_one_line(images, run, tmp_path, capsys):
     cut.write_bytes((images / "test" / "class0" / "0.png").read_bytes()[:-100])
     for path, words in ((text, "cannot be read as an image: it is of no image format that Pillow knows"),
                         (cut, "cannot be read as an image: "), (tmp_path / "missing.png", "is no file; --images takes"),
-                        (tmp_path, "is a folder; --images takes image files")):
+                        (tmp_path, "is a folder; --images takes image files"), ("https://a.b/c.png", "is no file"),
+                        ("", "is no file")):
         message = tiny.one_line_error(capsys, lambda path=path: evaluate(images, run, "--images", path))
-        assert f"error: {path} {words}" in message and "<" not in message
+        assert f"error: {path or repr(path)} {words}" in message and "<" not in message
     file = images / "test" / "class0" / "0.png"
     assert "out of range" in tiny.one_line_error(capsys, lambda: evaluate(images, run, "--images", file, "--budget", 1))
 

@@ -86,6 +86,10 @@ def _was_launched() -> bool:
     if missing:
         raise UserError(f"{' and '.join(name for name in VARIABLES if name not in missing)} in the environment, but not "
                         f"{' and '.join(missing)}: start several processes with torchrun, or unset them for a single one")
+    rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if rank.isdigit() and world.isdigit() and int(rank) >= int(world):   # one that the others wait for, and it for them
+        raise UserError(f"RANK={rank} in the environment, but with WORLD_SIZE={world} the processes are numbered from 0 to "
+                        f"{int(world) - 1}")
     return True
 
 

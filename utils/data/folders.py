@@ -161,8 +161,8 @@ def find_test_folder(data_root: Path, names: Sequence[str] = TEST_NAMES, class_n
     """
     present = [data_root / name for name in names if (data_root / name).is_dir()]
     if not present:
-        raise FileNotFoundError(f"{data_root} has no {' or '.join(map(repr, names))} folder; expected one "
-                                f"{'beside' if class_names else 'there, or'} 'train'{_hint(data_root)}")
+        raise FileNotFoundError(f"{data_root} has no {' or '.join(map(repr, names))} folder; expected {names[0]}/<class>/ with "
+                                f"images {'beside train' if class_names else f'in {data_root}'}{_hint(data_root)}")
     for folder in present:
         found = list_classes(folder)
         if found == list(class_names) if class_names else found:

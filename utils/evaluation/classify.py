@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,10 @@ def read_images(paths: Sequence[str], dataset: str, image_size: int) -> Tensor:
     Raises:
         UserError: for a file that is no image.
     """
-    for path in map(Path, paths):
-        if path.is_dir() or not path.exists():
-            raise UserError(f"{path} is {'a folder' if path.is_dir() else 'no file'}; --images takes image files")
+    for path in paths:
+        if os.path.isdir(path) or not os.path.exists(path):
+            raise UserError(f"{path or repr(path)} is {'a folder' if os.path.isdir(path) else 'no file'}; --images takes image "
+                            "files")
     crops = [evaluation_crop(PillowDecoder(), decode(path), image_size) for path in paths]
     return Normalise(*statistics_of(dataset, image_size))(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2))
 

@@ -219,7 +219,9 @@ def _report_budgeted(result: dict[str, Any], folder: Path, suffix: str) -> None:
 
 def _describe(about: dict[str, Any]) -> str:
     described = f"{about['arch']} {describe(about)} {about['dataset']}"
-    return f"{described} epoch {about['epoch']} ({about['epoch_kind']})" if about["epoch"] else described
+    if about["epoch"]:
+        described += f" epoch {about['epoch']}"
+    return f"{described} ({about['epoch_kind']})" if about["epoch"] and about["epoch_kind"] else described
 
 
 def _write_columns(path: Path, rows: Sequence[Sequence[float]]) -> None:

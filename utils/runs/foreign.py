@@ -27,8 +27,12 @@ KINDS = {
     b"\x1f\x8b": "it is a gzip archive; unpack it first", b"BZh": "it is a bzip2 archive; unpack it first",
     b"\xfd7zXZ": "it is an xz archive; unpack it first", b"7z\xbc\xaf": "it is a 7z archive; unpack it first",
     b"version https://git-lfs": "it is a Git-LFS pointer, not the file itself; fetch that with: git lfs pull",
+    b"\x89HDF": "it is an HDF5 file, as Keras writes them", b"\x93NUMPY": "it is a NumPy array",
+    b"\x89PNG": "it is an image", b"\xff\xd8\xff": "it is an image", b"GIF8": "it is an image",
     b"PK": "it is damaged: a zip archive without its end",
 }
+# Start of the pickle that torch.save without archives puts first, after the two bytes that give the pickle's protocol.
+TORCH_PICKLE = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class _Ignored:
@@ -67,7 +71,9 @@ def read_file(path: Path) -> Any:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(f"{path}: no such checkpoint") from error
     file = io.BytesIO(stored)   # in memory, so that whatever is wrong from here on is wrong with the content
-    if zipfile.is_zipfile(file):   # torch.load does not verify the checksums of its own format
+    # By its start as well: a tar archive of a checkpoint ends like one.
+    is_archive = stored.startswith(b"PK") and zipfile.is_zipfile(file)
+    if is_archive:   # torch.load does not verify the checksums of its own format
         _check_archive(file, path)
     elif other := _other_kind(stored):
         raise UserError(f"{path} cannot be read as a checkpoint: {other}")
@@ -80,8 +86,9 @@ def read_file(path: Path) -> Any:
         if name := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UserError(f"{path} is refused: it holds more than tensors and plain values ({name[1]}), and nothing else is "
                             "read; save the weights alone, torch.save(model.state_dict(), FILE)") from error
-        raise UserError(f"{path} cannot be read as a checkpoint: it is damaged, or was not written by torch.save with its own "
-                        "pickle_protocol") from error
+        reason = ("it was written with another pickle_protocol than torch.save's own" if is_archive else
+                  "it was not written by torch.save with its own pickle_protocol, or is damaged")
+        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
     except Exception as error:   # torch.load raises a dozen kinds on damaged files
         if is_out_of_memory(error):
             raise
@@ -117,6 +124,10 @@ def _other_kind(stored: bytes) -> str | None:
         return kind
     if not re.search(rb"[^\x09-\x0d\x20-\x7e]", stored[:512]):
         return "it is a text file"
+    if re.match(rb"[^\0].{3}\0{4}\s*\{", stored, re.DOTALL):   # the length of a header in JSON, and the header
+        return "it is a safetensors file; read it with the library safetensors and write its tensors with torch.save"
+    if re.match(rb"\x80[\x02-\x05]", stored) and not stored.startswith(TORCH_PICKLE, 2):
+        return "it is a pickle that was not written by torch.save"
     # After the packed kinds, which the library would unpack in order to look.
     return "it is a tar archive; unpack it and name the file in it" if tarfile.is_tarfile(io.BytesIO(stored)) else None
 

@@ -104,8 +104,9 @@ def hold_out(args: argparse.Namespace, saved: dict[str, Any], split: Split | Non
         _warn("%s says nothing of a hold-out: %s images are drawn with seed %d, and its network may have been trained on them",
               args.evaluate_from, args.valid_size or "a tenth of the training", args.seed)
         return {"use_valid": True, "valid_size": args.valid_size}
-    _warn("%s says nothing of a hold-out: the last %s images of %s are held out, and its network may have been trained on them "
-          "all the same", args.evaluate_from, args.valid_size or "--valid_size", stored)
+    if args.valid_size:   # without it there will be an error that says so
+        _warn("%s says nothing of a hold-out: the last %s images of %s are held out, and its network may have been trained on "
+              "them all the same", args.evaluate_from, args.valid_size, stored)
     return {"order": read_file(stored), "valid_size": args.valid_size}
 
 
