@@ -1,6 +1,8 @@
 """Processes that prepare images: they need no /dev/shm, their death ends a run with one line, and signals go to the parent."""
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import os
 import resource
 import shutil
@@ -183,6 +185,17 @@ def test_training_works_with_a_dev_shm_smaller_than_a_batch(images, tmp_path):
     if "unshare failed" in done.stderr or "mount:" in done.stderr:
         pytest.skip(done.stderr)
     assert done.returncode == 0, done.stderr
+
+
+def test_without_room_for_semaphores_pools_work_alone_and_loaders_end_with_one_line(images, tmp_path, monkeypatch, capsys):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(multiprocessing, "Semaphore", no_room)
+    pids = list(in_parallel(lambda _: os.getpid(), [1, 2, 3, 4]))
+    assert set(pids) == {os.getpid()}
+    message = one_line_error(capsys, lambda: train_cifar100.main(command(images, tmp_path / "run", *LARGE, "--epochs", "1")))
+    assert "/dev/shm (No space left on device)" in message and "--workers 0" in message
 
 
 def _stuck_after(monkeypatch, n_loaded: int, number: int = signal.SIGTERM) -> None:

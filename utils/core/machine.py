@@ -1,6 +1,7 @@
 """The machine a run is on: which device computes, and what the figures of a run depend on besides its flags."""
 from __future__ import annotations
 
+import multiprocessing
 import platform
 import resource
 import subprocess
@@ -62,6 +63,30 @@ def require_open_files(workers: int) -> None:
         raise UserError(f"this process may have {hard} files open at once and needs {needed} with {workers} workers; raise the "
                         f"limit with `ulimit -n {needed}`, or pass lower --workers and --val_workers")
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def lacks_semaphores(needed: int) -> str | None:
+    """Why the system does not give so many semaphores; None where it does.
+
+    Queues between processes take a few each, and Linux keeps each on a page of /dev/shm.
+    """
+    try:
+        held = [multiprocessing.Semaphore() for _ in range(needed)]
+        del held
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def require_semaphores(workers: int) -> None:
+    """Make sure that a data loader can start so many workers.
+
+    Raises:
+        UserError: when there is no room for what they need in /dev/shm, where everything else of theirs stays out of it.
+    """
+    if reason := lacks_semaphores(16 + 4 * workers):
+        raise UserError(f"{workers} workers cannot be started: no room for their semaphores in /dev/shm ({reason}); mount it "
+                        "writable, with 1 MB or more (docker run --shm-size 64m), or pass --workers 0 --val_workers 0")
 
 
 def resident_bytes(field: str) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils.core.errors import UserError
-from utils.core.machine import require_open_files
+from utils.core.machine import require_open_files, require_semaphores
 from utils.core.signals import held_back, interruptible, leave_signals_to_parent
 from utils.data.augment import Normalise
 from utils.data.decoders import DECODERS, evaluation_crop, explain, random_box, sample_generator
@@ -108,6 +108,7 @@ class FolderImages:
         DECODERS[decoder]()  # complains about a missing library now, not in a worker
         if workers:
             require_open_files(workers)
+            require_semaphores(workers)
 
     def read(self, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
         """Un-augmented batches: shorter side to 256 (for crops of 224), then the middle."""

@@ -21,19 +21,23 @@ import torch
 from torch import Tensor
 
 from utils.core.errors import WorkerKilled
+from utils.core.machine import lacks_semaphores
 from utils.core.signals import held_back, leave_signals_to_parent
+
+POOL_SEMAPHORES = 16   # more than a pool of processes takes
 
 
 def in_parallel(function: Callable[[Any], Any], tasks: list) -> Iterator[Any]:
     """Results of `function(task)` in the order of `tasks`, by one process per core where processes can be forked.
 
-    Forked workers start at once and need nothing imported; elsewhere (and for few tasks) the work is done here.
+    Forked workers start at once and need nothing imported; elsewhere, for few tasks and without room in /dev/shm for what keeps
+    their queues in order, the work is done here.
 
     Raises:
         WorkerKilled: when one of the processes is ended from outside.
     """
     n_workers = min(_usable_cores(), len(tasks))
-    if n_workers < 2 or sys.platform != "linux":
+    if n_workers < 2 or sys.platform != "linux" or lacks_semaphores(POOL_SEMAPHORES):
         yield from map(function, tasks)
         return
     others = active_children()
