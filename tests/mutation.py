@@ -54,10 +54,10 @@ TARGETS = {
     "utils.report": ("test_report", ""),
     "utils.reports.finished_runs": ("test_report test_ablation test_plots", ""),
     "utils.methods.losses": ("test_objective test_methods", "test_objective or distillation or teacher_s or by_hand"),
-    "utils.methods.base": ("test_methods", "lowers or epsilon_zero"),
-    "utils.methods.distillation": ("test_methods", "distillation or teacher_s"),
+    "utils.methods.base": ("test_methods", "lowers or epsilon_zero or a_start_takes"),
+    "utils.methods.distillation": ("test_methods", "distillation and not refused or teacher_s"),
     "utils.methods.block_losses": ("test_methods", "routed or groups_that"),
-    "utils.methods.imta": ("test_methods", "by_hand"),
+    "utils.methods.imta": ("test_methods", "by_hand or collaborating_exits_have or collaborating_exits_start"),
     "utils.methods.l2w": ("test_methods test_methods_golden",
                           "epsilon or meta_step or rate_of or leave_in or iteration or weight_network"),
 }

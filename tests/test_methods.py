@@ -16,7 +16,7 @@ from adaptive_inference import EarlyExit
 from models import BoostedNet, CollaborativeNet, MSDNet, RANet
 from models.layers import run_separately
 from utils.core import distributed
-from utils.core.errors import STOPPED
+from utils.core.errors import STOPPED, UserError
 from utils.evaluation.fast_form import FORMS, prepare_for_inference
 from utils.methods import Method, build_method, imta, l2w
 from utils.methods.block_losses import BlockLosses
@@ -158,9 +158,9 @@ def test_boosted_self_distillation_is_the_boosted_loss_plus_the_divergence_of_th
 def test_a_teacher_s_last_exit_teaches_every_exit_and_is_not_trained(method, more):
     flags = ["--result_dir", "run", "--method", method, "--teacher", "file.pth", "--distill_weight", "0.2", "--distill_T", "1.5"]
     model, (x, y) = network(boosted=method == "boost_distill"), batch()
-    teacher = network(boosted=True, n_blocks=2)
-    torch.nn.init.normal_(teacher.backbone.classifier[0].linear.weight)   # unlike the other exit, and unlike the student's
-    torch.nn.init.normal_(teacher.backbone.classifier[1].linear.weight)
+    teacher = network(boosted=True)
+    for classifier in teacher.backbone.classifier:   # exits unlike each other, and unlike the student's
+        torch.nn.init.normal_(classifier.linear.weight)
     learner = build_method(cli.parse_args([*flags, *more]), model, still(model), network=model, teacher=teacher)
     assert not teacher.training and learner.teacher is teacher
     outcome = learner.loss(x, y)
@@ -171,7 +171,28 @@ def test_a_teacher_s_last_exit_teaches_every_exit_and_is_not_trained(method, mor
     assert len(kl) == 3
     torch.testing.assert_close(outcome.total.detach(), ce + 0.2 * sum(kl))
     learner.backward(outcome.total)
-    assert all(p.grad is None for p in teacher.parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+
+
+def test_the_weight_of_distillation_may_be_one_and_with_zero_there_is_none():
+    model, (x, y) = network(boosted=True), batch()
+    with torch.no_grad():
+        predictions = model(x)
+        ce = cross_entropies(predictions, y).mean(dim=1).sum()
+        kl = sum(divergence(p, predictions[-1], 2.5) for p in predictions)
+    for weight in (0.0, 1.0):
+        total = Distillation(model, still(model), distill_weight=weight, temperature=2.5).loss(x, y).total.detach()
+        torch.testing.assert_close(total, ce + weight * kl)
+
+
+def test_a_start_takes_all_weights_and_those_of_other_classes_only_where_new_ones_are_wanted():
+    model, other = network(boosted=True), MSDNet(n_blocks=3, n_channels=4, base=1, num_classes=7)
+    Method.load_start(model, {"state_dict": network(boosted=True).backbone.state_dict()}, "file")
+    assert not list(differences(model.state_dict(), network(boosted=True).state_dict()))
+    with pytest.raises(UserError, match="file"):
+        Method.load_start(model, {"state_dict": other.double().state_dict()}, "file")
+    Method.load_start(model, {"state_dict": other.state_dict()}, "file", new_classifier=True)
+    assert not list(differences(model.backbone.blocks.state_dict(), other.blocks.state_dict()))
 
 
 def test_weighting_with_epsilon_zero_is_a_plain_step_on_each_half():
@@ -306,6 +327,27 @@ def test_the_loss_of_collaborating_exits_by_hand():
     log_teacher = (teacher / 2).log_softmax(dim=1)
     kl = (log_teacher.exp() * (log_teacher - (first / 2).log_softmax(dim=1))).sum(dim=1).mean()
     torch.testing.assert_close(outcome.total, ce[1] + 0.75 * ce[0] + 0.25 * 4 * kl)
+
+
+def test_collaborating_exits_have_the_paper_s_constants_and_leave_a_single_image_out():
+    model, (x, y) = network(boosted=False, n_blocks=2), batch()
+    model = BoostedNet(CollaborativeNet(model.backbone).double(), [0.0, 0.0]).train()
+    method = imta.Collaboration(model, still(model))
+    assert (method.gamma, method.temperature, method.scale) == (0.9, 3.0, pytest.approx(8.1))
+    assert method.step(x[:1], y[:1]) is None and method.step(x[:0], y[:0]) is None
+    assert method.step(x[:2], y[:2]).per_sample.shape == (2, 2)
+
+
+def test_collaborating_exits_start_from_a_network_whose_exits_predict_alone():
+    model = network(boosted=False, n_blocks=2)
+    weights = {name: torch.full_like(value, 3) for name, value in model.backbone.state_dict().items()}
+    model = BoostedNet(CollaborativeNet(model.backbone).double(), [0.0, 0.0])
+    with pytest.raises(UserError, match="file has boosted exits"):
+        imta.Collaboration.load_start(model, {"state_dict": weights, "temperatures": [0.0, 0.5]}, "file")
+    for saved in ({}, {"temperatures": [0.0, 0.0]}):
+        model.backbone.net.blocks[0][0].layers[0].net[0].weight.data.zero_()
+        imta.Collaboration.load_start(model, {"state_dict": weights, **saved}, "file")
+        assert (model.backbone.net.blocks[0][0].layers[0].net[0].weight == 3).all()
 
 
 # Mistakes that only show with the files at hand.

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 from models import MSDNet, RANet
+from utils.methods import losses
 from utils.methods.losses import ExitLosses, cross_entropies
 from utils.training.engine import valid_share
 from utils.training.optim import Schedule, build_optimizer
@@ -44,6 +45,20 @@ def test_equalised_loss_divides_by_the_moving_average_and_starts_from_the_first_
 def test_a_ranks_share_weights_its_loss():
     predictions, y = _predictions([[1.0, -1.0]]), torch.tensor([1])
     assert _loss(ExitLosses(), predictions, y, share=0.5).item() == pytest.approx(_loss(ExitLosses(), predictions, y).item() / 2)
+
+
+def test_the_moving_average_is_over_all_ranks_and_comes_back_from_a_checkpoint(monkeypatch):
+    assert ExitLosses().equalise is False and ExitLosses().state_dict() == {"average": None}
+    monkeypatch.setattr(losses, "world_size", lambda: 2)
+    monkeypatch.setattr(losses, "sum_over_ranks", lambda mine: mine + torch.tensor([0.6, 1.0]))   # of the other rank
+    objective = ExitLosses(equalise=True)
+    objective(torch.tensor([[1.0, 3.0], [4.0, 4.0]]), share=0.5)
+    torch.testing.assert_close(objective.average, torch.tensor([(2 * 0.5 + 0.6) / 2, (4 * 0.5 + 1) / 2]))
+    again = ExitLosses(equalise=True)
+    again.load_state_dict(objective.state_dict(), torch.device("cpu"))
+    assert torch.equal(again.average, objective.average)
+    again.load_state_dict({"average": None}, torch.device("cpu"))
+    assert again.average is None
 
 
 def test_valid_samples_are_those_above_the_tenth_percentile_of_the_first_exit():
