@@ -195,6 +195,20 @@ def test_a_start_takes_all_weights_and_those_of_other_classes_only_where_new_one
     assert not list(differences(model.backbone.blocks.state_dict(), other.blocks.state_dict()))
 
 
+def test_the_loss_is_the_sum_over_the_exits_and_its_moving_average_comes_back():
+    model, (x, y) = network(boosted=True), batch()
+    plain = sum(torch.nn.functional.cross_entropy(p, y) for p in model(x)).detach()
+    method = Method(model, still(model))
+    for result in (method.loss(x, y), method.update(x, y), method.step(x, y)):
+        torch.testing.assert_close(result.total.detach(), plain)
+        assert not result.per_sample.requires_grad
+    torch.testing.assert_close(method.step(x, y, share=0.5).total.detach(), plain / 2)
+    equalised, again = (Method(model, still(model), equalise=True) for _ in range(2))
+    equalised.step(x, y)
+    again.load_state_dict(equalised.state_dict())
+    assert torch.equal(again.objective.average, equalised.objective.average)
+
+
 def test_weighting_with_epsilon_zero_is_a_plain_step_on_each_half():
     for boosted in (False, True):
         (x, y), results = batch(7), []
@@ -277,6 +291,14 @@ def _detached(state):
     if isinstance(state, torch.Tensor):
         return state.detach()
     return {k: _detached(v) for k, v in state.items()} if isinstance(state, dict) else [_detached(v) for v in state]
+
+
+@pytest.mark.parametrize(("more", "first_blocks"), [
+    ({"overlap": 1}, [0, 1, 2]), ({"overlap": 2}, [0, 0, 1]), ({"overlap": 3}, [0, 0, 0]), ({"overlap": 9}, [0, 0, 0]),
+    ({"overlap": 1, "include_final": True}, [0, 1, 0]), ({"groups": [1, 2]}, [0, 1, 1]), ({"groups": [2, 1]}, [0, 0, 2])])
+def test_blocks_that_the_loss_of_each_exit_trains(more, first_blocks):
+    model = network(boosted=False)
+    assert BlockLosses(model, still(model), distill_weight=0.0, temperature=1.0, **more).first_blocks == first_blocks
 
 
 def test_groups_that_do_not_fit_are_refused():
