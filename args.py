@@ -113,6 +113,10 @@ def _mistake(args: Namespace) -> str | None:
         return f"argument --budget: --cost {args.cost} takes budgets in {unit}"
     if args.policy == "patience" and (args.images or args.evalmode == "realtime"):
         return "argument --policy: patience is simulated only, and takes neither --images nor --evalmode realtime"
+    if not args.images and args.evalmode == "dynamic" and (alone := {"runtime", "predictions"} & given):
+        return f"argument --{min(alone)}: has no effect with --evalmode dynamic, only with realtime or --images"
+    if args.predictions and not args.images and len(args.budget or []) != 1:
+        return "argument --predictions: is of one operating point; give one --budget"
     if args.images and (len(args.budget or []) > 1 or args.cost == "latency"):
         return "argument --images: takes at most one --budget, in MACs"
     return None

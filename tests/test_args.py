@@ -367,7 +367,8 @@ def test_every_check_of_a_combination_refuses_some_mistake_of_the_list(capsys):
 def test_the_table_of_effects_is_of_all_flags():
     assert set(EFFECTS) == set(build_parser().defaults())
     of_one_task = {task: {name for name, effect in EFFECTS.items() if set(effect) == {task}} for task in (TRAINING, EVALUATION)}
-    assert of_one_task[EVALUATION] == set("evaluate_from evalmode budget ensemble policy cost images thresholds max_drop "
+    assert of_one_task[EVALUATION] == set("evaluate_from evalmode budget ensemble policy cost images runtime predictions "
+                                          "thresholds max_drop "
                                           "confidence_level sweep flat_curve publish save_suffix".split())
     assert of_one_task[TRAINING] == set(
         "tensorboard_dir resume checkpoint new_classifier deterministic print_freq save_every_minutes epochs start_epoch "

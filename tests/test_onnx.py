@@ -1,6 +1,7 @@
 """ONNX programs: equal to PyTorch when they are written, and early exit on them to the simulation of the same programs."""
 from __future__ import annotations
 
+import csv
 import json
 import re
 import subprocess
@@ -173,3 +174,51 @@ def test_the_pages_loader_needs_neither_pytorch_nor_this_repository(run, tmp_pat
     rows = [f"{file} {about['class_names'][name]} {100 * confidence:.1f} %, exit {exit_ + 1}"
             for file, name, confidence, exit_ in zip(files, *expected)]
     assert done.stdout.splitlines() == rows
+
+
+def evaluate(run, *flags):
+    return eval_cifar100.main(["--data-root", str(run / "images"), "--evaluate-from", str(run / "run" / "model_best.pth"),
+                               "--device", "cpu", *map(str, flags)])
+
+
+def test_realtime_on_onnx_is_the_simulation_of_the_programs(run, tmp_path, capsys):
+    """In one process of its own would be the usual way: here the sessions get a thread each, as in another program."""
+    assert evaluate(run, "--evalmode", "realtime", "--runtime", "onnx", "--result_dir", tmp_path) == 0
+    result = json.loads((tmp_path / "realtime.json").read_text())
+    assert result["runtime"] == "onnx" and len(result["points"]) == 5
+    for point in result["points"]:
+        assert point["n_differ"] == point["n_differ_by_rounding"]
+        assert point["top1"] == pytest.approx(point["simulated_top1"], abs=100 * point["n_differ"] / result["n_test"] + 1e-9)
+    folder, = (run / "run").glob("onnx_*")
+    written = (folder / "model.json").stat().st_mtime_ns
+    assert "once" in capsys.readouterr().out
+    assert evaluate(run, "--evalmode", "realtime", "--runtime", "onnx", "--result_dir", tmp_path, "--budget",
+                    result["points"][2]["budget"], "--predictions", tmp_path / "all.csv") == 0
+    assert (folder / "model.json").stat().st_mtime_ns == written   # not exported again
+    header, *rows = csv.reader((tmp_path / "all.csv").read_text().splitlines())
+    assert header == ["image", "class", "confidence", "exit", "macs"] and len(rows) == result["n_test"]
+    exits = np.bincount([int(row[3]) - 1 for row in rows], minlength=len(result["macs"])) / len(rows)
+    again = json.loads((tmp_path / "realtime.json").read_text())["points"][0]
+    assert exits == pytest.approx(again["exit_share"]) and {row[1] for row in rows} <= {"class0", "class1", "class2"}
+    assert all(int(row[4]) == result["macs"][int(row[3]) - 1] for row in rows)
+
+
+def test_images_give_the_same_on_both_runtimes(run, tmp_path):
+    folder = run / "images" / "test" / "class1"
+    for runtime in ("torch", "onnx"):
+        assert evaluate(run, "--images", folder, "--runtime", runtime, "--predictions", tmp_path / f"{runtime}.csv") == 0
+    rows = {name: list(csv.reader((tmp_path / f"{name}.csv").read_text().splitlines())) for name in ("torch", "onnx")}
+    assert [row[0] for row in rows["onnx"][1:]] == [str(path) for path in sorted(folder.iterdir())]
+    for one, other in zip(rows["torch"][1:], rows["onnx"][1:], strict=True):
+        assert (one[:2], one[3:]) == (other[:2], other[3:]) and float(one[2]) == pytest.approx(float(other[2]), abs=1e-4)
+
+
+def test_mistakes_with_runtime_and_predictions(run, tmp_path, capsys):
+    def refused(*flags):
+        return tiny.one_line_error(capsys, lambda: evaluate(run, *flags))
+
+    assert "--evalmode anytime" in refused("--runtime", "onnx")
+    assert "only with realtime or --images" in refused("--runtime", "onnx", "--evalmode", "dynamic")
+    assert "give one --budget" in refused("--evalmode", "realtime", "--predictions", tmp_path / "x.csv")
+    assert "without image files" in refused("--images", run / "images")
+    assert "is no file" in refused("--images", tmp_path / "nothing.png")

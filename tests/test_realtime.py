@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ import train_cifar100
 from utils.data.batches import Batches
 from utils.data.sampling import plan_evaluation
 from utils.evaluation import operating_points, programs, realtime
-from utils.evaluation.fast_form import load_model, prepare_for_inference
+from utils.evaluation.early_exit import Exits
+from utils.evaluation.fast_form import load_model
+from utils.evaluation.runtime import TorchRuntime
 from utils.runs import checkpoint
 
 
@@ -73,15 +76,15 @@ def test_a_budget_in_milliseconds_is_solved_with_measured_costs(images, run, mon
 
 def test_measured_latency_rises_from_exit_to_exit(run):
     model, _ = load_model(run / "model_best.pth")
-    latency = realtime.measure_latency(prepare_for_inference(model), torch.randn(8, 3, 32, 32))
+    latency = realtime.measure_latency(TorchRuntime(model), torch.randn(8, 3, 32, 32))
     assert latency.shape == (2,) and 0 < latency[0] < latency[1] < 1000
 
 
-def test_latency_is_the_sum_of_median_steps_in_milliseconds_per_image(monkeypatch):
+def test_latency_is_the_sum_of_median_steps_in_milliseconds_per_image():
     passes = iter([[9.0, 9.0], *([0.008, 0.016],) * 3, *([0.016, 0.048],) * 2, [0.08, 8.0], [0.004, 0.0]])   # the first warms up
-    monkeypatch.setattr(realtime, "exit_times", lambda model, images: next(passes))
     # For 8 images the medians are 8 and 16 ms.
-    assert realtime.measure_latency(None, torch.zeros(8, 3, 2, 2)).tolist() == pytest.approx([1.0, 3.0])
+    stub = SimpleNamespace(exit_times=lambda images: next(passes))
+    assert realtime.measure_latency(stub, torch.zeros(8, 3, 2, 2)).tolist() == pytest.approx([1.0, 3.0])
     assert not list(passes)
 
 
@@ -97,12 +100,12 @@ def test_nothing_is_read_while_early_exit_is_timed(monkeypatch):
 
     def runner(images):
         assert not reading
-        return torch.arange(len(images)), None, torch.zeros(len(images), dtype=torch.int64)
+        return Exits(torch.arange(len(images)), torch.ones(len(images)), torch.zeros(len(images), dtype=torch.int64))
 
     monkeypatch.setattr(realtime, "PART_BYTES", 2 * 4 * 3 * 32 * 32 * 4)   # two batches of four
     batches = Batches(plan_evaluation(torch.arange(18), batch_size=4), read)
     passes = realtime._classify([runner, lambda images: seen.append(len(images)) or runner(images)], batches, 32)
-    assert [len(torch.cat(result.exits)) for result in passes] == [18, 18] and all(result.seconds > 0 for result in passes)
+    assert [len(result.exits_of_all().exit) for result in passes] == [18, 18] and all(result.seconds > 0 for result in passes)
     assert torch.cat(passes[0].correct).tolist() == [True] * 4 + [False] * 14   # in the order of the test set
     assert seen == [4, 4, 4] * 2 + [2, 2]   # the first batch of a part twice
 
@@ -172,7 +175,7 @@ def test_mistakes_with_images_end_with_one_line(images, run, tmp_path, capsys):
     cut.write_bytes((images / "test" / "class0" / "0.png").read_bytes()[:-100])
     for path, words in ((text, "cannot be read as an image: it is of no image format that Pillow knows"),
                         (cut, "cannot be read as an image: "), (tmp_path / "missing.png", "is no file; --images takes"),
-                        (tmp_path, "is a folder; --images takes image files"), ("https://a.b/c.png", "is no file"),
+                        (images / "test", "is a folder without image files"), ("https://a.b/c.png", "is no file"),
                         ("", "is no file")):
         message = tiny.one_line_error(capsys, lambda path=path: evaluate(images, run, "--images", path))
         assert f"error: {path or repr(path)} {words}" in message and "<" not in message

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,15 @@ from torch import Tensor
 from op_counter import measure_model
 from utils.core import distributed
 from utils.core.errors import UserError
+from utils.core.files import atomic_write
 from utils.core.tables import format_table, millions
 from utils.data.augment import Normalise, statistics_of
 from utils.data.decoders import PillowDecoder, decode, evaluation_crop
+from utils.data.folders import EXTENSIONS
 from utils.evaluation import operating_points
-from utils.evaluation.confidence import MEASURES, read_exits
-from utils.evaluation.early_exit import EarlyExit, Exits
-from utils.evaluation.fast_form import prepare_for_inference
-from utils.evaluation.predict import predict
+from utils.evaluation.confidence import read_exits
+from utils.evaluation.early_exit import Exits
+from utils.evaluation.runtime import open_runtime
 from utils.runs.restore import name_outputs, restore, spec_of
 
 
@@ -38,17 +41,19 @@ def classify_files(args: argparse.Namespace, saved: dict[str, Any], open_data: C
     """
     if distributed.world_size() > 1:
         raise UserError("--images runs in one process; start the script without torchrun")
-    images = read_images(args.images, args.dataset, args.image_size)   # a wrong path is found before anything is computed
+    files = image_files(args.images)   # a wrong path is found before anything is computed
+    images = read_images(files, args.dataset, args.image_size)
     if args.num_classes is None:
         raise UserError(f"{args.evaluate_from} does not say how many classes it has; --images needs a checkpoint made here")
     model, reading = read_exits(args, restore(spec_of(args, saved), saved, args.evaluate_from).to(device))
     macs = measure_model(model, args.image_size, args.image_size)[0]
-    ready = prepare_for_inference(model)
-    folder = Path(args.result_dir or Path(args.evaluate_from).parent)
+    source = Path(args.evaluate_from).parent
+    of_flags = {**spec_of(args, saved).to_checkpoint(), "dataset": args.dataset}   # what other programs' files do not say
+    runtime = open_runtime(args.runtime, model, of_flags | saved, source, args.policy)
+    folder = Path(args.result_dir or source)
     budget = args.budget[0] if args.budget else None
     if budget:
         operating_points.check(macs, budget)
-    measure = MEASURES[args.policy]
     family = "promise" if args.max_drop is not None else "optimised" if args.thresholds == "optimised" else "eq9"
     points = operating_points.stored(folder, saved, args.save_suffix, temperatures=model.temperatures, family=family, **reading)
     if family == "promise":
@@ -72,10 +77,44 @@ def classify_files(args: argparse.Namespace, saved: dict[str, Any], open_data: C
     else:
         data, budget = open_data(), budget or operating_points.between(macs, 0.5)
         operating_points.require_hold_out(data)
-        thresholds, = operating_points.fit_all(predict(ready, data.valid(), measure), macs, [budget], args.thresholds)
+        thresholds, = operating_points.fit_all(runtime.predict(data.valid()), macs, [budget], args.thresholds)
         origin = f"{kind} for {millions(budget)} x 10^6 MACs on average"
-    results = _run(EarlyExit(ready, thresholds, measure=measure), images, args.batch_size, device)
-    _print(args.images, results, name_outputs(saved.get("class_names"), args.num_classes), macs, origin, args.policy)
+    results = _run(runtime.early_exit(thresholds), images, args.batch_size, device)
+    names = name_outputs(saved.get("class_names"), args.num_classes)
+    if args.predictions:
+        write_predictions(Path(args.predictions), files, results, names, macs)
+    _print(files, results, names, macs, origin, args.policy)
+
+
+def image_files(paths: Sequence[str]) -> list[str]:
+    """The files of --images: those named, and in place of a folder the files with the ending of an image in it, sorted.
+
+    Raises:
+        UserError: for a path that is not there, and for a folder without images.
+    """
+    files: list[str] = []
+    for path in paths:
+        if os.path.isdir(path):   # not Path, for which "" is the current folder
+            found = sorted(str(file) for file in Path(path).iterdir() if file.suffix.lower() in EXTENSIONS and file.is_file())
+            if not found:
+                raise UserError(f"{path} is a folder without image files ({', '.join(sorted(EXTENSIONS))})")
+            files += found
+        elif not os.path.exists(path):
+            raise UserError(f"{path or repr(path)} is no file; --images takes image files, and folders of them")
+        else:
+            files.append(path)
+    return files
+
+
+def write_predictions(path: Path, names: Iterable[str], results: Exits, class_names: Sequence[str], macs: Sequence[int]) -> None:
+    """Write one row per image: its file or number, class, confidence, exit (from 1) and cost in MACs."""
+    text = io.StringIO()
+    rows = csv.writer(text)
+    rows.writerow(["image", "class", "confidence", "exit", "macs"])
+    for name, prediction, confidence, exit_ in zip(names, *(column.tolist() for column in results)):
+        rows.writerow([name, class_names[prediction], f"{confidence:.6f}", exit_ + 1, macs[exit_]])
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode(errors="surrogateescape"))
 
 
 def read_images(paths: Sequence[str], dataset: str, image_size: int) -> Tensor:
@@ -86,15 +125,11 @@ def read_images(paths: Sequence[str], dataset: str, image_size: int) -> Tensor:
     Raises:
         UserError: for a file that is no image.
     """
-    for path in paths:
-        if os.path.isdir(path) or not os.path.exists(path):
-            raise UserError(f"{path or repr(path)} is {'a folder' if os.path.isdir(path) else 'no file'}; --images takes image "
-                            "files")
     crops = [evaluation_crop(PillowDecoder(), decode(path), image_size) for path in paths]
     return Normalise(*statistics_of(dataset, image_size))(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2))
 
 
-def _run(early_exit: EarlyExit, images: Tensor, batch_size: int, device: torch.device) -> Exits:
+def _run(early_exit: Callable[[Tensor], Exits], images: Tensor, batch_size: int, device: torch.device) -> Exits:
     parts = [early_exit(part.to(device)) for part in images.split(batch_size)]
     return Exits(*(torch.cat(column).cpu() for column in zip(*parts)))
 

@@ -25,6 +25,7 @@ from utils.evaluation.operating_points import finite, require_hold_out, warn_of_
 from utils.evaluation.predict import predict
 from utils.evaluation.published import publish
 from utils.evaluation.realtime import evaluate_realtime
+from utils.evaluation.runtime import open_runtime
 from utils.evaluation.thresholds import describe_gain, describe_promise, optimised_curve, promise_point
 from utils.runs.checkpoint import LATEST, hash_weights
 from utils.runs.restore import restore, spec_of
@@ -53,8 +54,9 @@ def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torc
     if args.publish:
         publish(model, saved, data, folder, about=about, source=source, dynamic=args.evalmode == "dynamic")
     elif args.evalmode == "realtime":
-        evaluate_realtime(model, data, folder, about=about, budgets=args.budget, cost=args.cost, thresholds=args.thresholds,
-                          suffix=args.save_suffix)
+        runtime = open_runtime(args.runtime, model, {**about, "architecture": about["config"], **saved}, source, args.policy)
+        evaluate_realtime(runtime, data, folder, about=about | {"runtime": args.runtime}, budgets=args.budget, cost=args.cost,
+                          thresholds=args.thresholds, suffix=args.save_suffix, predictions=args.predictions)
     elif args.max_drop is not None:
         # The latest epoch is taken whatever the hold-out says, also where it happens to be the best one.
         chosen = "hold-out" in (about["epoch_kind"] or "") and Path(args.evaluate_from).name != LATEST

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from adaptive_inference import evaluate_thresholds, exit_index
-from models import BoostedNet
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.files import write_json
@@ -21,10 +20,11 @@ from utils.core.machine import versions
 from utils.core.tables import format_table, millions
 from utils.data.batches import Batches
 from utils.evaluation import operating_points
-from utils.evaluation.confidence import MEASURES
-from utils.evaluation.early_exit import EarlyExit
-from utils.evaluation.fast_form import exit_times, prepare_for_inference
-from utils.evaluation.predict import Predictions, predict
+from utils.evaluation.classify import write_predictions
+from utils.evaluation.early_exit import Exits
+from utils.evaluation.predict import Predictions
+from utils.evaluation.runtime import Runtime
+from utils.runs.restore import name_outputs
 from utils.runs.result_files import describe, stem
 
 REPEATS = 7
@@ -33,15 +33,19 @@ PART_BYTES = 2**29   # of images that are held in memory at a time
 ROUNDING = 1e-6
 
 
-def evaluate_realtime(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], budgets: Sequence[float] | None = None,
-                      cost: str = "macs", thresholds: str = "geometric", suffix: str = "") -> dict[str, Any]:
+def evaluate_realtime(runtime: Runtime, data, folder: Path, *, about: dict[str, Any], budgets: Sequence[float] | None = None,
+                      cost: str = "macs", thresholds: str = "geometric", suffix: str = "",
+                      predictions: str | None = None) -> dict[str, Any]:
     """Run early exit over the test set; prints one row per budget and writes realtime*.json.
 
     Args:
+        runtime: the network, ready for early exit.
+        about: what result files say of the network, from `utils.evaluation.modes.header`; `runtime` in it names the runtime.
         budgets: average cost per image; None takes five between the costs of the first and of the last exit.
         cost: "macs", or "latency" for budgets in milliseconds per image. The cost of an exit is then measured here, on a
             batch of the evaluation's size.
         thresholds: "geometric" for eq. 9, or "optimised".
+        predictions: CSV file that gets a row for each test image; only with one budget.
     Returns:
         The content of the JSON file.
     Raises:
@@ -50,34 +54,35 @@ def evaluate_realtime(model: BoostedNet, data, folder: Path, *, about: dict[str,
     if distributed.world_size() > 1:
         raise UserError("early exit is measured in one process; start the script without torchrun")
     operating_points.require_hold_out(data)
-    ready = prepare_for_inference(model)
-    latency_ms = measure_latency(ready, next(iter(data.valid())).images)
+    latency_ms = measure_latency(runtime, next(iter(data.valid())).images)
     costs = latency_ms.tolist() if cost == "latency" else about["macs"]
     budgets = budgets or [operating_points.between(costs, fraction) for fraction in operating_points.DEFAULT_BUDGETS]
     for budget in budgets:   # a budget out of range is refused before the network runs
         operating_points.check(costs, budget, cost)
-    measure = MEASURES[about["policy"]]
-    valid, test = predict(ready, data.valid(), measure), predict(ready, data.test(), measure)
+    valid, test = runtime.predict(data.valid()), runtime.predict(data.test())
     fitted = operating_points.fit_all(valid, costs, budgets, thresholds)
-    passes = _classify([EarlyExit(ready, limits, measure=measure) for limits in fitted], data.test(), data.image_size)
+    passes = _classify([runtime.early_exit(limits) for limits in fitted], data.test(), data.image_size)
     points = []
     for budget, limits, found in zip(budgets, fitted, passes):
         promised = evaluate_thresholds(valid.confidence, valid.correct, limits, costs)[1]
         points.append({"budget": budget, "thresholds": operating_points.finite(limits), "valid_mean_cost": promised,
                        **_point(found, test, limits, about["macs"], latency_ms)})
+    if predictions:
+        names = name_outputs(data.class_names, data.num_classes)
+        write_predictions(Path(predictions), map(str, range(test.n_samples)), passes[0].exits_of_all(), names, about["macs"])
     about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
     result = {**about, "family": "optimised" if thresholds == "optimised" else "eq9", "cost": cost,
               "batch_size": len(next(iter(data.test())).images), "latency_ms": latency_ms.tolist(),
-              "versions": versions(next(model.parameters()).device), "points": points}
+              "versions": versions(next(iter(data.test())).images.device), "points": points}
     write_json(folder / f"{stem('realtime', result, suffix)}.json", result)
     _print(result)
     return result
 
 
-def measure_latency(model: BoostedNet, images: Tensor) -> np.ndarray:
+def measure_latency(runtime: Runtime, images: Tensor) -> np.ndarray:
     """(n_exits,) milliseconds per image to reach every exit when the whole batch does: medians of the steps, summed up."""
-    exit_times(model, images)   # the first pass allocates, and compiles where that was asked for
-    steps = np.median([exit_times(model, images) for _ in range(REPEATS)], axis=0)
+    runtime.exit_times(images)   # the first pass allocates, and compiles where that was asked for
+    steps = np.median([runtime.exit_times(images) for _ in range(REPEATS)], axis=0)
     return np.cumsum(steps) * 1e3 / len(images)
 
 
@@ -87,15 +92,19 @@ class Pass:
 
     Attributes:
         seconds: of classifying; reading the images is not in it.
-        exits, correct: for each batch, the exit that every image left at, and whether its class is right.
+        results, correct: for each batch, class, confidence and exit of every image, and whether the class is right.
     """
 
     seconds: float = 0.0
-    exits: list[Tensor] = field(default_factory=list)
+    results: list[Exits] = field(default_factory=list)
     correct: list[Tensor] = field(default_factory=list)
 
+    def exits_of_all(self) -> Exits:
+        """The results of all images."""
+        return Exits(*(torch.cat(column).cpu() for column in zip(*self.results)))
 
-def _classify(runners: Sequence[EarlyExit], batches: Batches, image_size: int) -> list[Pass]:
+
+def _classify(runners: Sequence[Callable[[Tensor], Exits]], batches: Batches, image_size: int) -> list[Pass]:
     """One pass over the test set with every runner.
 
     Part by part, so that a slow moment of the machine meets all budgets alike. A part is read before a clock runs: processes that
@@ -110,17 +119,16 @@ def _classify(runners: Sequence[EarlyExit], batches: Batches, image_size: int) -
             runner(held[0].images)   # not timed, like every first pass
             for images, labels, _ in held:
                 start = _now(images)
-                prediction, _, exit_ = runner(images)
+                result.results.append(runner(images))
                 result.seconds += _now(images) - start
-                result.exits.append(exit_)
-                result.correct.append(prediction == labels)
+                result.correct.append(result.results[-1].prediction == labels)
     return passes
 
 
 def _point(found: Pass, simulated: Predictions, thresholds: np.ndarray, macs: Sequence[int],
            latency_ms: np.ndarray) -> dict[str, Any]:
     """Figures of a pass, beside those of the simulation."""
-    exit_, correct = torch.cat(found.exits).cpu().numpy(), torch.cat(found.correct).cpu().numpy()
+    exit_, correct = found.exits_of_all().exit.numpy(), torch.cat(found.correct).cpu().numpy()
     expected = exit_index(simulated.confidence, thresholds)
     top1, mean_macs, share = evaluate_thresholds(simulated.confidence, simulated.correct, thresholds, macs)
     expected_correct = simulated.correct.numpy()[expected, np.arange(len(expected))]

@@ -103,6 +103,7 @@ ANYTIME_NETWORKS = {
 }
 
 # Choices of flags, and what titles and legends call those that are not the usual ones.
+RUNTIMES = ("torch", "onnx")   # of early exit
 DECODERS = ("pillow", "torchcodec")
 ENSEMBLES = {"none": "each exit alone", "boost": "exits added up", "average": "exits averaged", "poe": "product of exits"}
 POLICIES = {"confidence": None, "entropy": "leaving by entropy", "margin": "leaving by margin", "patience": "leaving by patience"}

@@ -88,6 +88,8 @@ EFFECTS: dict[str, Effect] = {
     "ensemble": _evaluation(publish=False),
     "policy": _evaluation(publish=False, evalmode=_LEAVING),
     "cost": _evaluation(publish=False, evalmode=_LEAVING),
+    "runtime": _evaluation(publish=False, evalmode=_LEAVING),
+    "predictions": _evaluation(publish=False, evalmode=_LEAVING, policy=_AT_BUDGETS),
     "images": _evaluation(publish=False, evalmode=("dynamic",)),
     "thresholds": _evaluation(publish=False, policy=_AT_BUDGETS, evalmode=_LEAVING, max_drop=False, sweep=False,
                               flat_curve=False),

@@ -7,7 +7,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from functools import partial
 
-from utils.options.catalog import ARCHITECTURES, DATASETS, DECODERS, ENSEMBLES, METHOD_ALIASES, METHODS, POLICIES
+from utils.options.catalog import ARCHITECTURES, DATASETS, DECODERS, ENSEMBLES, METHOD_ALIASES, METHODS, POLICIES, RUNTIMES
 from utils.options.parser import OneLineParser, list_of, number, path, true_false, whole, within, written_path
 
 IMAGE_SIZES = (32, 224)
@@ -18,8 +18,8 @@ FREE_ON_RESUME = frozenset((
     "result_dir", "tensorboard_dir", "data_root", "resume", "checkpoint", "checkpoint_key", "new_classifier", "start_epoch",
     "workers", "val_workers", "device", "gpu", "threads", "deterministic", "print_freq", "save_every_minutes",
     "skip_unreadable", "distributed", "dist_backend", "local_rank", "bnAfter", "evaluate_from", "evalmode", "ensemble",
-    "policy", "budget", "cost", "images", "thresholds", "max_drop", "confidence_level", "sweep", "flat_curve", "publish",
-    "save_suffix",
+    "policy", "budget", "cost", "images", "runtime", "predictions", "thresholds", "max_drop", "confidence_level", "sweep",
+    "flat_curve", "publish", "save_suffix",
 ))
 
 # What may differ between the processes of one run: what is different on another machine. The files behind the paths are compared.
@@ -274,6 +274,11 @@ def _evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add("--cost", choices=("macs", "latency"), default="macs",
         help="what budgets count; latency measures every exit on this device, with batches of --batch-size, and runs "
              "--evalmode realtime (default: macs; latency for budgets in milliseconds)")
+    add("--runtime", choices=RUNTIMES, default="torch",
+        help="what runs early exit (--evalmode realtime, --images): PyTorch, or ONNX Runtime, which is faster for single images; "
+             "its programs are written beside the checkpoint once (default: %(default)s)")
+    add("--predictions", type=written_path, metavar="FILE",
+        help="realtime with one --budget, --images: write class, confidence, exit and cost of every image to this CSV file")
     add("--images", nargs="+", metavar="PATH",
         help="classify these image files and say at which exit each one left; takes one --budget in MACs")
     add("--thresholds", choices=("geometric", "optimised"), default="geometric",
