@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from models.msdnet import MSDNet
 from models.ranet import RANet
 
 __all__ = ["AveragedNet", "BoostedNet", "CollaborativeNet", "MSDNet", "RANet", "build_backbone", "build_shapes",
-           "expand_temperatures", "read_as", "select"]
+           "expand_temperatures", "map_state", "read_as"]
 
 
 # Keyword of a network -> its flag.
@@ -63,15 +64,11 @@ class _NoInitialisation(TorchFunctionMode):
         return function(*arguments, **keywords)
 
 
-def select(state: Any, index: Tensor) -> Any:
-    """Keep only the rows `index` of every tensor in a state; the state itself is left alone.
-
-    Args:
-        state: what `start` or `step` of a backbone returned.
-        index: (k,) int64 row numbers, or a (B,) bool mask, which costs a wait for the device.
-    """
+def map_state(function: Callable[[Tensor], Any], state: Any) -> Any:
+    """A state, as `start` or `step` of a backbone returned it, with `function` of every tensor in the tensor's place."""
     if isinstance(state, Tensor):
-        return state[index] if index.dtype == torch.bool else state.index_select(0, index)
-    if isinstance(state, dict):
-        return {name: select(value, index) for name, value in state.items()}
-    return [select(value, index) for value in state]
+        return function(state)
+    if state is None:
+        return None
+    parts = [map_state(function, part) for part in state]
+    return type(state)(*parts) if hasattr(state, "_fields") else parts

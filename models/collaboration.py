@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.layers import all_exits
+from models.layers import Backbone
 
 # What a step hands to the next one: the state of the frozen backbone, and the logits of the exit before (none before exit 0).
 State = list[Any]
 
 
-class CollaborativeNet(nn.Module):
+class CollaborativeNet(Backbone):
     """Inline subnetwork collaboration (arXiv:1908.06294): a backbone with other classifiers.
 
     Exit n is a linear layer on the pooled features of the backbone's classifier n, and from the second exit on also on the logits
@@ -42,10 +42,6 @@ class CollaborativeNet(nn.Module):
         self.net.eval()
         return self
 
-    @property
-    def n_exits(self) -> int:
-        return len(self.classifier)
-
     def start(self, x: Tensor) -> State:
         """State in front of exit 0 for images x (B, 3, H, W)."""
         return [self.net.start(x), []]
@@ -74,7 +70,3 @@ class CollaborativeNet(nn.Module):
             logits, pooled, state = self._step(n, state)
             all_logits.append(logits)
         return all_logits, self.net.classifier[-1].linear(pooled)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Raw logits (B, num_classes) of every exit, shallow to deep, for images x (B, 3, H, W)."""
-        return all_exits(self, x)

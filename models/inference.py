@@ -10,6 +10,7 @@ State handed from step to step consists of these buffers; a step writes only beh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.collaboration import CollaborativeNet
-from models.layers import Classifier, all_exits
+from models.layers import Backbone, Bottleneck, Classifier, resize_like
 from models.msdnet import MSDLayer, MSDNet, Transition
-from models.ranet import Block, FusionLayer, RANet
+from models.ranet import Block, DenseLayer, FusionLayer, RANet, State
 
 
 def fold_batch_norm(module: nn.Module) -> None:
@@ -49,12 +50,19 @@ def _convolutions(module: nn.Module) -> list[nn.Conv2d]:
     return [m for m in module.modules() if isinstance(m, nn.Conv2d)]
 
 
+class Part(nn.Module):
+    """A module without hooks: to look for them costs as much as a small operation on a single image."""
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.forward(*inputs)
+
+
 # For one image oneDNN's call costs more than its work (6 channels of 32x32: 59 us against 19 us); this is the routine that
 # PyTorch's convolution takes without oneDNN.
 _small_convolution = getattr(torch._C._nn, "thnn_conv2d", None)
 
 
-class Convolution(nn.Module):
+class Convolution(Part):
     """A convolution with less overhead for single images."""
 
     def __init__(self, convolution: nn.Conv2d) -> None:
@@ -83,11 +91,7 @@ def _room_for(x: Tensor, channels: int) -> Tensor:
     return buffer
 
 
-def _resize(x: Tensor, size: torch.Size) -> Tensor:
-    return x if x.shape[2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=True)
-
-
-class Pointwise(nn.Module):
+class Pointwise(Part):
     """1x1 convolutions that read the same map, each followed by ReLU, as one matrix product."""
 
     def __init__(self, convolutions: Sequence[nn.Conv2d]) -> None:
@@ -111,7 +115,7 @@ class Pointwise(nn.Module):
         return [out.narrow(1, start, size).relu() for start, size in self._parts]
 
 
-class Prefix(nn.Module):
+class Prefix(Part):
     """Stands in for `Pointwise` where there is no bottleneck: the convolutions read the map itself."""
 
     def __init__(self, in_width: int, n_readers: int) -> None:
@@ -122,7 +126,7 @@ class Prefix(nn.Module):
         return [buffer.narrow(1, 0, self.in_width)] * self.n_readers
 
 
-def _reader(bottlenecks: Sequence[nn.Module]) -> nn.Module:
+def _reader(bottlenecks: Sequence[Bottleneck]) -> nn.Module:
     """What the 3x3 convolutions of `bottlenecks` need of the map that they share."""
     first = [_convolutions(b)[0] for b in bottlenecks]
     if first[0].kernel_size == (1, 1):
@@ -147,41 +151,47 @@ class GrowingClassifier(nn.Module):
         return self.linear(self.pool(buffer))
 
 
-class GrowingLayer(nn.Module):
+class WritingConvolution(Convolution):
+    """The 3x3 convolution of a bottleneck, whose output goes to the channels of a buffer from `channel` on."""
+
+    def __init__(self, bottleneck: Bottleneck, channel: int) -> None:
+        super().__init__(_convolutions(bottleneck)[-1])
+        self.channel, self.end = channel, channel + self.out_width
+
+    def forward(self, x: Tensor, buffer: Tensor) -> None:
+        _rectify_into(buffer, self.channel, super().forward(x))
+
+
+class GrowingLayer(Part):
     """`MSDLayer` that writes its new channels into the buffers of the scales."""
 
     def __init__(self, layer: MSDLayer) -> None:
         super().__init__()
         self.dropped = layer.dropped
-        scales = list(layer.layers)
-        n_in = len(scales) + self.dropped
-        readers_of: list[list[nn.Module]] = [[] for _ in range(n_in)]
-        convolutions: list[nn.Module] = []
-        self._writes = []   # convolution, its input scale, place among that scale's readers, output scale, channel
-        self.out_widths = []
-        for scale, dense in enumerate(scales, start=self.dropped):
-            channel = _convolutions(dense.conv_normal)[0].in_channels
-            inputs = [(scale, dense.conv_normal)]
-            if dense.reads_finer:
-                inputs.insert(0, (scale - 1, dense.conv_down))
-            for source, bottleneck in inputs:
-                convolutions.append(Convolution(_convolutions(bottleneck)[-1]))
-                self._writes.append((convolutions[-1].forward, source, len(readers_of[source]), scale, channel))
-                readers_of[source].append(bottleneck)
-                channel += convolutions[-1].out_width
-            self.out_widths.append(channel)
-        self.convolutions = nn.ModuleList(convolutions)
-        self.readers = nn.ModuleList(_reader(bottlenecks) for bottlenecks in readers_of)
-        self._read = [reader.forward for reader in self.readers]
+        self.conv_down, self.conv_normal = nn.ModuleList(), nn.ModuleList()
+        read_by: list[list[Bottleneck]] = [[] for _ in range(self.dropped + len(layer.layers))]   # per input scale
+        for s, scale in enumerate(layer.layers, start=self.dropped):
+            channel = _convolutions(scale.conv_normal)[0].in_channels
+            if s > 0:
+                self.conv_down.append(WritingConvolution(scale.conv_down, channel))
+                read_by[s - 1].append(scale.conv_down)
+                channel = self.conv_down[-1].end
+            self.conv_normal.append(WritingConvolution(scale.conv_normal, channel))
+            read_by[s].append(scale.conv_normal)
+        self.readers = nn.ModuleList(_reader(bottlenecks) for bottlenecks in read_by)
+        self.out_widths = [convolution.end for convolution in self.conv_normal]
 
     def room_before(self, room: Sequence[int] | None) -> list[int]:
         """Channels that the input maps need room for, where the output maps need `room` (None: what they have)."""
         return [reader.in_width for reader in self.readers[:self.dropped]] + list(room or self.out_widths)
 
     def forward(self, scales: list[Tensor]) -> list[Tensor]:
-        inputs = [read(buffer) for read, buffer in zip(self._read, scales)]
-        for convolve, source, place, target, channel in self._writes:
-            _rectify_into(scales[target], channel, convolve(inputs[source][place]))
+        # Of what is read of a scale, the first part is for its own convolution, the last for that of the next coarser one.
+        read = [reader(buffer) for reader, buffer in zip(self.readers, scales)]
+        for s, convolution in enumerate(self.conv_down, start=max(self.dropped, 1)):
+            convolution(read[s - 1][-1], scales[s])
+        for s, convolution in enumerate(self.conv_normal, start=self.dropped):
+            convolution(read[s][0], scales[s])
         return scales[self.dropped:]
 
 
@@ -201,7 +211,7 @@ class GrowingTransition(nn.Module):
         return [_room_for(conv(x)[0], room) for conv, x, room in zip(self.m, scales, self.room)]
 
 
-class GrowingMSDNet(nn.Module):
+class GrowingMSDNet(Backbone):
     """Inference form of an MSDNet with folded batch normalisation."""
 
     def __init__(self, net: MSDNet) -> None:
@@ -223,21 +233,10 @@ class GrowingMSDNet(nn.Module):
         self.blocks = nn.ModuleList(reversed(growing))
         self.classifier = nn.ModuleList(GrowingClassifier(c) for c in net.classifier)
 
-    @property
-    def n_exits(self) -> int:
-        return len(self.blocks)
-
     def start(self, x: Tensor) -> list[Tensor]:
-        """State in front of exit 0 for images x (B, 3, H, W)."""
         return [x]
 
-    def step(self, n: int, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Run block n on the state that step n-1 returned: (logits (B, num_classes) of exit n, next state)."""
-        features, state = self.advance(n, state)
-        return self.classifier[n](features), state
-
     def advance(self, n: int, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """`step` without the classifier: (map that it reads, next state)."""
         scales = state
         if n == 0:
             scales = [_room_for(x, room) for x, room in zip(self.stem(state[0]), self.room)]
@@ -249,9 +248,34 @@ class GrowingMSDNet(nn.Module):
         """The channels of the state after step n that have been written."""
         return [buffer[:, :width] for buffer, width in zip(state, self.blocks[n][-1].out_widths)]
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Raw logits (B, num_classes) of every exit."""
-        return all_exits(self, x)
+
+class GrowingDenseLayer(Part):
+    """`DenseLayer` or `FusionLayer` that writes its new channels behind those that it reads.
+
+    Where it halves the resolution, it writes into a new buffer with room for `room` channels.
+    """
+
+    def __init__(self, layer: DenseLayer | FusionLayer, room: int) -> None:
+        super().__init__()
+        self.reader, self.conv_normal = _reader([layer.conv_normal]), Convolution(_convolutions(layer.conv_normal)[-1])
+        self.halves, self.room = self.conv_normal.stride == (2, 2), room
+        if isinstance(layer, FusionLayer):
+            self.coarser_reader, self.conv_up = _reader([layer.conv_up]), Convolution(_convolutions(layer.conv_up)[-1])
+        self._parts = tuple(self.children())   # for speed, as `_arguments` of a convolution
+
+    def forward(self, buffer: Tensor, coarser: Tensor | None) -> Tensor:
+        """Return the buffer written to, for buffers of the input and of the coarser map."""
+        reader, conv_normal, *fusion = self._parts
+        own, width = conv_normal(reader(buffer)[0]), reader.in_width
+        if self.halves:
+            buffer = _room_for(resize_like(buffer, own.shape[2:]), self.room)
+        if fusion:
+            coarser_reader, conv_up = fusion
+            up = conv_up(coarser_reader(coarser)[0]).relu_()
+            buffer.narrow(1, width, up.size(1)).copy_(resize_like(up, own.shape[2:]))
+            width += up.size(1)
+        _rectify_into(buffer, width, own)
+        return buffer
 
 
 class GrowingBlock(nn.Module):
@@ -262,88 +286,42 @@ class GrowingBlock(nn.Module):
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        layers = list(block.layers)
-        fusion_layers = [layer for layer in layers if isinstance(layer, FusionLayer)]
-        self.own = nn.ModuleList(_reader([layer.conv_normal]) for layer in layers)
-        self.own_convolutions = nn.ModuleList(Convolution(_convolutions(layer.conv_normal)[-1]) for layer in layers)
-        self.fused = nn.ModuleList(_reader([layer.conv_up]) for layer in fusion_layers)
-        self.fused_convolutions = nn.ModuleList(Convolution(_convolutions(layer.conv_up)[-1]) for layer in fusion_layers)
+        self.width, self.fuses = block.list_widths[-1], block.fuses
         self.last = Pointwise(_convolutions(block.conv_last)) if block.fuses else None
         self.transition = Pointwise(_convolutions(block.trans)) if block.has_transition else None
-        self.widths = block.list_widths
-        self.halves = self.own_convolutions[-1].stride == (2, 2)
-        self.room = self.widths[-1] + (self.last.widths[0] if block.fuses else 0)
-        n = len(layers)
-        self._layers = list(zip(self.widths, *([module.forward for module in modules] or [None] * n for modules in (
-            self.own, self.own_convolutions, self.fused, self.fused_convolutions)), [False] * (n - 1) + [self.halves]))
+        room = self.width + (self.last.widths[0] if block.fuses else 0)
+        self.layers = nn.ModuleList(GrowingDenseLayer(layer, room) for layer in block.layers)
+        self.first_room = self.layers[-1].reader.in_width if self.layers[-1].halves else room
 
     def forward(self, x: Tensor, coarser: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         """Return (output map, buffers) for the buffers of the coarser sub-network's block with the same index."""
-        buffer = _room_for(x, self.widths[-2] if self.halves else self.room)
-        buffers = [buffer]
-        for width, read, convolve, read_coarser, convolve_coarser, halves in self._layers:
-            own = convolve(read(buffer)[0])
-            if halves:
-                buffer = _room_for(_resize(buffer, own.shape[2:]), self.room)
+        buffers = [_room_for(x, self.first_room)]
+        for layer in self.layers:
+            # Layer i reads entry i of the coarser list, a prefix of its first buffer: only the entry behind the last layer can
+            # be in a second one.
+            buffer = layer(buffers[-1], coarser[0] if coarser else None)
+            if layer.halves:
                 buffers.append(buffer)
-            if read_coarser:
-                # Layer i reads entry i of the coarser list, a prefix of its first buffer: only the entry behind the last
-                # layer can be in a second one.
-                up = convolve_coarser(read_coarser(coarser[0])[0]).relu_()
-                buffer.narrow(1, width, up.size(1)).copy_(_resize(up, own.shape[2:]))
-                width += up.size(1)
-            _rectify_into(buffer, width, own)
-        if self.last:
-            buffer[:, self.widths[-1]:] = _resize(self.last(coarser[-1])[0], buffer.shape[2:])
-        return (self.transition(buffer)[0] if self.transition else buffer), buffers
+        if self.fuses:
+            buffer[:, self.width:] = resize_like(self.last(coarser[-1])[0], buffer.shape[2:])
+        return (self.transition(buffer)[0] if self.transition is not None else buffer), buffers
 
 
-class GrowingRANet(nn.Module):
-    """Inference form of a RANet with folded batch normalisation.
+class GrowingRANet(RANet):
+    """Inference form of a RANet with folded batch normalisation; the order of its blocks is RANet's own.
 
-    State: `stem`, the features that the sub-networks still to come start from, coarsest first; `lists`, the buffers of
-    every block of the current sub-network, where a finer one will read them; `x`, the map that the next block reads,
-    unless it is the last buffer or a new sub-network begins.
+    The state has the buffers of a block in place of its feature list, and no `x` where that is the last buffer.
     """
 
     def __init__(self, net: RANet) -> None:
-        super().__init__()
-        self.stem, self._steps = net.FirstLayer, list(net._steps)
-        self.blocks = nn.ModuleList(nn.ModuleList(GrowingBlock(block) for block in flow) for flow in net.scale_flows)
-        self.classifier = nn.ModuleList(GrowingClassifier(c) for c in net.classifier)
+        nn.Module.__init__(self)
+        self.FirstLayer, self.classifier = net.FirstLayer, nn.ModuleList(GrowingClassifier(c) for c in net.classifier)
+        self.scale_flows = nn.ModuleList(nn.ModuleList(GrowingBlock(block) for block in flow) for flow in net.scale_flows)
+        self._steps, self.rescale_gradients = net._steps, False
 
-    @property
-    def n_exits(self) -> int:
-        return len(self.classifier)
-
-    def start(self, x: Tensor) -> dict[str, list]:
-        """State in front of exit 0 for images x (B, 3, H, W)."""
-        return {"stem": [x], "x": [], "lists": []}
-
-    def step(self, n: int, state: dict[str, list]) -> tuple[Tensor, dict[str, list]]:
-        """Run the blocks up to exit n on the state that step n-1 returned: (logits (B, num_classes), next state)."""
-        features, state = self.advance(n, state)
-        return self.classifier[n](features), state
-
-    def advance(self, n: int, state: dict[str, list]) -> tuple[Tensor, dict[str, list]]:
-        """`step` without the classifier: (map that it reads, next state)."""
-        subnet, block_range = self._steps[n]
-        stem = self.stem(state["stem"][0])[::-1] if n == 0 else state["stem"]
-        coarser: list[list[Tensor]] = []
-        if block_range.start == 0:
-            x, stem, coarser, lists = stem[0], stem[1:], state["lists"], []
-        else:
-            lists = state["lists"]
-            x = (state["x"] or lists[-1])[-1]
-        is_read = subnet < len(self.blocks) - 1   # a finer sub-network will read the lists
-        for i in block_range:
-            x, buffers = self.blocks[subnet][i](x, coarser[i] if i < len(coarser) else None)
-            if is_read:
-                lists = [*lists, buffers]
-        ends = block_range.stop == len(self.blocks[subnet])
-        in_lists = is_read and x is lists[-1][-1]
-        return x, {"stem": stem, "x": [] if ends or in_lists else [x], "lists": lists}
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Raw logits (B, num_classes) of every exit."""
-        return all_exits(self, x)
+    def advance(self, n: int, state: State) -> tuple[Tensor, State]:
+        if state.x is None:
+            state = state._replace(x=state.features[-1][-1])
+        x, state = super().advance(n, state)
+        is_last_buffer = state.features and state.x is state.features[-1][-1]
+        return x, state._replace(x=None) if is_last_buffer else state

@@ -5,7 +5,7 @@ family load by name, so they stay as they are.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,23 +33,6 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     return _ScaleGradient.apply(x, factor) if x.requires_grad else x
 
 
-class _DenseGradient(torch.autograd.Function):
-    """Identity whose gradient comes back dense, in the memory layout it has."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        dense = grad.is_contiguous() or grad.is_contiguous(memory_format=torch.channels_last)
-        return grad if dense else grad.clone()   # clone keeps the order of the strides
-
-
 def rescale_at_exit(x: Tensor, exit_index: int, n_exits: int) -> tuple[Tensor, Tensor]:
     """Split the map that a classifier reads into (for the classifier, for the next block), gradients rescaled.
 
@@ -63,12 +46,7 @@ def rescale_at_exit(x: Tensor, exit_index: int, n_exits: int) -> tuple[Tensor, T
 
 def resize_like(x: Tensor, size: torch.Size) -> Tensor:
     """Bilinear interpolation of maps x (B, C, H, W) to `size` (H', W'), which is free where they have it."""
-    if x.shape[2:] == size:
-        return x
-    resized = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
-    # The gradient is a slice of that of a concatenation. For slices in channels-last layout PyTorch's backward pass goes
-    # through the other layout, on the way in and on the way out.
-    return _DenseGradient.apply(resized) if resized.requires_grad else resized
+    return x if x.shape[2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
 def concatenate(x: Tensor, *others: Tensor) -> Tensor:
@@ -98,12 +76,7 @@ class ConvBNReLU(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """3x3 convolution behind an optional 1x1 one that narrows its input to min(in_channels, bn_factor * out_channels).
-
-    Attributes:
-        joins: the 1x1 convolution may run together with others. False where the gradient may not reach all of them: together
-            each gets one, which is zero in place of None for those left out, and optimisers shrink such weights.
-    """
+    """3x3 convolution behind an optional 1x1 one that narrows its input to min(in_channels, bn_factor * out_channels)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, bn_factor: int, stride: int = 1,
                  bottleneck: bool = True) -> None:
@@ -114,58 +87,9 @@ class Bottleneck(nn.Module):
             layers += conv_bn_relu(in_channels, inner, 1)
             in_channels = inner
         self.net = nn.Sequential(*layers, *conv_bn_relu(in_channels, out_channels, 3, stride))
-        self.joins = bottleneck
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
-
-    @property
-    def is_joinable(self) -> bool:
-        """Whether `run_bottlenecks` may run the 1x1 convolution together with others: if it `joins`, and its normalisation is
-        plain BatchNorm2d in training mode."""
-        norm = self.net[1]
-        return self.joins and type(norm) is nn.BatchNorm2d and norm.training
-
-    def after_first(self, x: Tensor) -> Tensor:
-        """What follows the 1x1 convolution with its normalisation and ReLU."""
-        for layer in list(self.net)[3:]:
-            x = layer(x)
-        return x
-
-
-def run_bottlenecks(bottlenecks: Sequence[Bottleneck], x: Tensor) -> list[Tensor]:
-    """Outputs of bottlenecks that read the same map x.
-
-    In training their 1x1 convolutions, with normalisation and ReLU, run as a single wide one: such a convolution costs mostly
-    the reading of its input and the writing of its input's gradient. The results are those of each bottleneck by itself to
-    rounding. By itself each one runs where one of them is not joinable, so always in evaluation.
-    """
-    as_product = x.is_cpu and x.is_contiguous()   # of a convolution, oneDNN would first bring the map into a layout of its own
-    if not all(b.is_joinable for b in bottlenecks) or (len(bottlenecks) == 1 and not as_product):
-        return [b(x) for b in bottlenecks]
-    convs, norms = zip(*((b.net[0], b.net[1]) for b in bottlenecks))
-    kernels = torch.cat([conv.weight for conv in convs])
-    if as_product:   # torch.matmul would copy the map, too
-        y = torch.bmm(kernels.flatten(1).expand(len(x), -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
-    else:
-        y = F.conv2d(x, kernels)
-    mean, var, weight, bias = (torch.cat([getattr(norm, name) for norm in norms])
-                               for name in ("running_mean", "running_var", "weight", "bias"))
-    y = F.batch_norm(y, mean, var, weight, bias, training=True, momentum=norms[0].momentum, eps=norms[0].eps)
-    widths = [conv.out_channels for conv in convs]
-    with torch.no_grad():
-        torch._foreach_copy_([buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)],
-                             [part for parts in zip(mean.split(widths), var.split(widths), strict=True) for part in parts])
-        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
-    parts = [F.relu(part) for part in y.split(widths, dim=1)]   # out of place: a slice is not dense, what follows wants it so
-    return [b.after_first(part) for b, part in zip(bottlenecks, parts, strict=True)]
-
-
-def run_separately(module: nn.Module) -> None:
-    """Have `run_bottlenecks` run every bottleneck in `module` by itself from now on."""
-    for part in module.modules():
-        if isinstance(part, Bottleneck):
-            part.joins = False
 
 
 class Stem(nn.Module):
@@ -215,13 +139,30 @@ class Classifier(nn.Module):
         return self.linear(self.pool(x))
 
 
-def all_exits(backbone: nn.Module, x: Tensor) -> list[Tensor]:
-    """Raw logits (B, num_classes) of every exit: all steps of a backbone, one after the other."""
-    state, logits = backbone.start(x), []
-    for n in range(backbone.n_exits):
-        exit_logits, state = backbone.step(n, state)
-        logits.append(exit_logits)
-    return logits
+class Backbone(nn.Module):
+    """A network that can be run exit by exit, each step on the state that the one before returned.
+
+    Subclasses have a ModuleList `classifier`, one for each exit, and define
+        start(x): the state in front of exit 0, for images x (B, 3, H, W);
+        advance(n, state): run the blocks up to exit n; return (map that its classifier reads, next state).
+    """
+
+    @property
+    def n_exits(self) -> int:
+        return len(self.classifier)
+
+    def step(self, n: int, state: Any) -> tuple[Tensor, Any]:
+        """Run the blocks up to exit n and its classifier: (raw logits (B, num_classes), next state)."""
+        features, state = self.advance(n, state)
+        return self.classifier[n](features), state
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Raw logits (B, num_classes) of every exit, shallow to deep, for images x (B, 3, H, W)."""
+        state, logits = self.start(x), []
+        for n in range(self.n_exits):
+            exit_logits, state = self.step(n, state)
+            logits.append(exit_logits)
+        return logits
 
 
 def map_sizes(image_size: int) -> tuple[int, int]:

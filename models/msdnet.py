@@ -7,35 +7,31 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from models.layers import (
+    Backbone,
     Bottleneck,
     Classifier,
     ConvBNReLU,
     Stem,
-    all_exits,
     check_choice,
     check_positive,
     concatenate,
     map_sizes,
     rescale_at_exit,
-    run_bottlenecks,
-    run_separately,
 )
 
 State = list[Tensor]   # one feature map per scale still carried, finest first
 
 
 class DenseScale(nn.Module):
-    """What one scale of an `MSDLayer` adds to its features, computed from them (and from the finer scale)."""
+    """The convolutions of one scale of an `MSDLayer`: of its own map, and of the next finer one where there is one."""
 
     def __init__(self, in_width: int, growth: int, bn_factor: int, *, finer_width: int | None = None,
                  finer_bn_factor: int | None = None, bottleneck: bool) -> None:
         super().__init__()
-        own_growth = growth
         if finer_width is not None:
-            own_growth = growth // 2
-            self.conv_down = Bottleneck(finer_width, own_growth, bn_factor=finer_bn_factor, stride=2, bottleneck=bottleneck)
-        self.conv_normal = Bottleneck(in_width, own_growth, bn_factor=bn_factor, bottleneck=bottleneck)
-        self.reads_finer = finer_width is not None
+            growth //= 2   # the other half comes from the finer scale
+            self.conv_down = Bottleneck(finer_width, growth, bn_factor=finer_bn_factor, stride=2, bottleneck=bottleneck)
+        self.conv_normal = Bottleneck(in_width, growth, bn_factor=bn_factor, bottleneck=bottleneck)
 
 
 class MSDLayer(nn.Module):
@@ -44,11 +40,10 @@ class MSDLayer(nn.Module):
     Args:
         width: channel base; scale s carries width * gr_factor[s] channels.
         growth: growth base; scale s grows by growth * gr_factor[s] channels.
-        n_read: how many of the coarsest scales that come out lead to a classifier.
     """
 
     def __init__(self, width: int, growth: int, gr_factor: list[int], bn_factor: list[int], n_in: int, n_out: int, *,
-                 n_read: int, bottleneck: bool) -> None:
+                 bottleneck: bool) -> None:
         super().__init__()
         n_scales = len(gr_factor)
         self.dropped = n_in - n_out
@@ -59,21 +54,14 @@ class MSDLayer(nn.Module):
                 finer = {"finer_width": width * gr_factor[scale - 1], "finer_bn_factor": bn_factor[scale - 1]}
             self.layers.append(DenseScale(width * gr_factor[scale], growth * gr_factor[scale], bn_factor[scale],
                                           bottleneck=bottleneck, **finer))
-            if scale < n_scales - n_read:
-                run_separately(self.layers[-1])
 
     def forward(self, scales: State) -> State:
-        readers: list[list[tuple[int, Bottleneck]]] = [[] for _ in scales]   # of each scale: output scale, what computes it
-        for scale, dense in enumerate(self.layers, start=self.dropped):
-            if dense.reads_finer:
-                readers[scale - 1].append((scale, dense.conv_down))
-            readers[scale].append((scale, dense.conv_normal))
-        parts = [[x] for x in scales]
-        for x, reading in zip(scales, readers, strict=True):   # finest first, so that conv_down's part precedes conv_normal's
-            outputs = run_bottlenecks([bottleneck for _, bottleneck in reading], x)
-            for (scale, _), output in zip(reading, outputs, strict=True):
-                parts[scale].append(output)
-        return [concatenate(*part) for part in parts[self.dropped:]]
+        """Each scale's map with its new channels behind it: those from the finer scale, then its own."""
+        grown = []
+        for s, scale in enumerate(self.layers, start=self.dropped):
+            from_finer = [scale.conv_down(scales[s - 1])] if s > 0 else []
+            grown.append(concatenate(scales[s], *from_finer, scale.conv_normal(scales[s])))
+        return grown
 
 
 class Transition(nn.Module):
@@ -87,7 +75,7 @@ class Transition(nn.Module):
         return [conv(x) for conv, x in zip(self.m, scales, strict=True)]
 
 
-class MSDNet(nn.Module):
+class MSDNet(Backbone):
     """MSDNet with a classifier after every block.
 
     Args:
@@ -137,9 +125,7 @@ class MSDNet(nn.Module):
             modules: list[nn.Module] = [stem] if block == 0 else []
             for layer in range(sum(n_layers[:block]) + 1, sum(n_layers[:block + 1]) + 1):
                 n_in, n_out = _scales(layer, total, n_scales, prune)
-                # What a layer computes becomes the input of the next coarser scale one layer later.
-                modules.append(MSDLayer(width, growth_rate, gr_factor, bn_factor, n_in, n_out, n_read=total - layer + 1,
-                                        bottleneck=bottleneck))
+                modules.append(MSDLayer(width, growth_rate, gr_factor, bn_factor, n_in, n_out, bottleneck=bottleneck))
                 width += growth_rate
                 if (n_in > n_out) if prune == "max" else layer in (total // 3, 2 * total // 3):
                     reduced = math.floor(reduction * width)
@@ -159,31 +145,15 @@ class MSDNet(nn.Module):
                              f"{needed}x{needed}, which takes {1 + (finest // needed).bit_length() - 1} scales, each with an "
                              "entry of gr_factor and bn_factor")
 
-    @property
-    def n_exits(self) -> int:
-        return len(self.blocks)
-
     def start(self, x: Tensor) -> State:
-        """State in front of exit 0 for images x (B, 3, H, W)."""
         return [x]
 
-    def step(self, n: int, state: State) -> tuple[Tensor, State]:
-        """Run block n on the state that step n-1 returned: (logits (B, num_classes) of exit n, next state)."""
-        features, state = self.advance(n, state)
-        return self.classifier[n](features), state
-
     def advance(self, n: int, state: State) -> tuple[Tensor, State]:
-        """`step` without the classifier: (map that it reads, next state)."""
         scales = self.blocks[n](state[0] if n == 0 else state)
         coarsest = scales[-1]
         if self.rescale_gradients:
-            coarsest, onward = rescale_at_exit(coarsest, n, self.n_exits)
-            scales = [*scales[:-1], onward]
+            coarsest, scales[-1] = rescale_at_exit(coarsest, n, self.n_exits)
         return coarsest, scales
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Raw logits (B, num_classes) of every exit, shallow to deep, for images x (B, 3, H, W)."""
-        return all_exits(self, x)
 
 
 def _scales(layer: int, total: int, n_scales: int, prune: str) -> tuple[int, int]:

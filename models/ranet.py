@@ -3,30 +3,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from models.layers import (
+    Backbone,
     Bottleneck,
     Classifier,
     ConvBNReLU,
     Stem,
-    all_exits,
     check_choice,
     check_positive,
     concatenate,
     map_sizes,
     rescale_at_exit,
     resize_like,
-    run_bottlenecks,
 )
 
-# What a step hands to the next one:
-#   stem      features that the sub-networks still to come start from, coarsest first (before exit 0: the image alone)
-#   x         map that the next block of the current sub-network reads
-#   lists     feature list of every block of the current sub-network so far (empty in the last one: nobody reads it)
-#   ups       beside each list, what the next sub-network's convolutions make of it, if that is known already (in training)
-State = dict[str, list]
+
+class State(NamedTuple):
+    """What a step of a RANet hands to the next one.
+
+    Attributes:
+        pyramid: maps that the sub-networks still to come start from, coarsest first.
+        x: map that the next block reads (before exit 0: the image).
+        features: feature list of every block of the current sub-network so far. The step that begins the next sub-network
+            reads all of them; in the last sub-network nothing does, and there are none.
+    """
+
+    pyramid: list[Tensor]
+    x: Tensor
+    features: list[list[Tensor]]
 
 
 class DenseLayer(nn.Module):
@@ -36,9 +44,8 @@ class DenseLayer(nn.Module):
         super().__init__()
         self.conv_normal = Bottleneck(width, growth, bn_factor=bn_factor, bottleneck=bottleneck)
 
-    def forward(self, x: Tensor, own: Tensor) -> Tensor:
-        """The input and its `conv_normal`, side by side."""
-        return concatenate(x, own)
+    def forward(self, x: Tensor) -> Tensor:
+        return concatenate(x, self.conv_normal(x))
 
 
 class FusionLayer(nn.Module):
@@ -50,10 +57,10 @@ class FusionLayer(nn.Module):
         self.conv_up = Bottleneck(coarser_width, fused, bn_factor=coarser_bn_factor, bottleneck=bottleneck)
         self.conv_normal = Bottleneck(width, growth - fused, bn_factor=bn_factor, stride=stride, bottleneck=bottleneck)
 
-    def forward(self, x: Tensor, own: Tensor, up: Tensor) -> Tensor:
-        """The input, the coarser features' `conv_up` and the input's `conv_normal`, side by side in the size of the last."""
-        size = own.shape[2:]
-        return concatenate(resize_like(x, size), resize_like(up, size), own)
+    def forward(self, x: Tensor, coarser: Tensor) -> Tensor:
+        """The input, what the coarser map adds and what the input adds, side by side in the resolution of the last."""
+        own, up = self.conv_normal(x), self.conv_up(coarser)
+        return concatenate(resize_like(x, own.shape[2:]), resize_like(up, own.shape[2:]), own)
 
 
 class Block(nn.Module):
@@ -99,32 +106,18 @@ class Block(nn.Module):
             self.trans = ConvBNReLU(self.out_width, reduced, kernel=1)
             self.out_width = reduced
 
-    def forward(self, x: Tensor, coarser: list[Tensor] | None = None, ups: Sequence[Tensor] = (),
-                finer: Block | None = None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Return (output map, feature list: the input and every layer's output, `ups` for `finer`).
-
-        Args:
-            coarser: feature list of the coarser block.
-            ups: `conv_up` of every layer, where that block has computed it.
-            finer: the block that is going to read this one's feature list. Its `conv_up` run here, with the convolutions
-                that read the same maps; None leaves them to that block.
-        """
-        features, finer_ups = [x], []
+    def forward(self, x: Tensor, coarser: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Return (output map, feature list: the input and every layer's output) for the coarser block's feature list."""
+        features = [x]
         for i, layer in enumerate(self.layers):
-            readers = [layer.conv_normal, finer.layers[i].conv_up] if finer else [layer.conv_normal]
-            own, *read_ahead = run_bottlenecks(readers, features[-1])
-            finer_ups += read_ahead
-            up = [ups[i] if ups else layer.conv_up(coarser[i])] if self.fuses else []
-            features.append(layer(features[-1], own, *up))
+            features.append(layer(features[-1], coarser[i]) if self.fuses else layer(features[-1]))
         x = features[-1]
         if self.fuses:
             x = concatenate(x, resize_like(self.conv_last(coarser[-1]), x.shape[2:]))
-        if self.has_transition:
-            x = self.trans(x)
-        return x, features, finer_ups
+        return (self.trans(x) if self.has_transition else x), features
 
 
-class RANet(nn.Module):
+class RANet(Backbone):
     """RANet: sub-networks of rising resolution; the last blocks of each one end in a classifier.
 
     All lists run from the coarsest sub-network to the finest.
@@ -214,51 +207,31 @@ class RANet(nn.Module):
             elif isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    @property
-    def n_exits(self) -> int:
-        return len(self.classifier)
-
     def start(self, x: Tensor) -> State:
-        """State in front of exit 0 for images x (B, 3, H, W)."""
-        return {"stem": [x], "x": [], "lists": [], "ups": []}
-
-    def step(self, n: int, state: State) -> tuple[Tensor, State]:
-        """Run the blocks up to exit n on the state that step n-1 returned: (logits (B, num_classes), next state)."""
-        features, state = self.advance(n, state)
-        return self.classifier[n](features), state
+        return State(pyramid=[], x=x, features=[])
 
     def advance(self, n: int, state: State) -> tuple[Tensor, State]:
-        """`step` without the classifier: (map that it reads, next state)."""
         subnet, block_range = self._steps[n]
-        stem = self.FirstLayer(state["stem"][0])[::-1] if n == 0 else state["stem"]
+        blocks = self.scale_flows[subnet]
+        pyramid, x, features = state
+        if n == 0:
+            x, *pyramid = reversed(self.FirstLayer(x))
+        coarser: list[list[Tensor]] = []
         if block_range.start == 0:   # a new sub-network begins; the one before becomes the coarser one
-            x, stem, coarser, coarser_ups, lists, ups = stem[0], stem[1:], state["lists"], state["ups"], [], []
-        else:
-            x, coarser, coarser_ups, lists, ups = state["x"][0], [], [], state["lists"], state["ups"]
-        keep_lists = subnet < len(self.scale_flows) - 1
+            coarser, features = features, []
         for i in block_range:
-            read = (coarser[i], coarser_ups[i]) if i < len(coarser) else ()
-            x, features, finer_ups = self.scale_flows[subnet][i](x, *read, finer=self._reads_ahead(subnet, i))
-            if keep_lists:
-                lists, ups = [*lists, features], [*ups, finer_ups]
+            x, block_features = blocks[i](x, coarser[i] if blocks[i].fuses else None)
+            features = [*features, block_features]
         onward = x
         if self.rescale_gradients:
             x, onward = rescale_at_exit(x, n, self.n_exits)
-            if keep_lists and not self.scale_flows[subnet][block_range[-1]].has_transition:
-                # Without a transition the classifier's map is the list's last entry too: later gradients meet in one place.
-                lists = [*lists[:-1], [*lists[-1][:-1], onward]]
-        return x, {"stem": stem, "x": [onward], "lists": lists, "ups": ups}
-
-    def _reads_ahead(self, subnet: int, i: int) -> Block | None:
-        """The block that reads block i's feature list, if it may do so ahead of its turn: in training, where all exits run."""
+            if not blocks[i].has_transition:   # then x is in the feature list too: later gradients meet in one place
+                block_features[-1] = onward
         if subnet == len(self.scale_flows) - 1:
-            return None
-        finer = self.scale_flows[subnet + 1][i]
-        return finer if all(layer.conv_up.is_joinable for layer in finer.layers) else None
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Raw logits (B, num_classes) of every exit, shallow to deep, for images x (B, 3, H, W)."""
-        return all_exits(self, x)
+            features = []
+        elif i == len(blocks) - 1:
+            onward, *pyramid = pyramid
+        return x, State(pyramid, onward, features)
 
 
 def _down_sampling_blocks(subnet: int, scale: int, blocks_of: list[int]) -> set[int]:

@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import eval_imagenet
 import train_imagenet
-from models import layers, msdnet, ranet
+from models import grouped
 from utils.core import distributed
 from utils.evaluation import modes as evaluation
 from utils.training import trainer
 from utils.training.engine import EpochFigures
 
-own_normalisation = nn.BatchNorm2d.forward
+own_normalisation, run_bottlenecks = nn.BatchNorm2d.forward, grouped.run_bottlenecks
 
 
 def fixed_normalisation(self: nn.BatchNorm2d, x: Tensor) -> Tensor:
@@ -53,8 +53,7 @@ def run_all(runs: list[dict], folder: Path) -> list[float]:
         own = run.get("own_statistics")
         nn.BatchNorm2d.forward = own_normalisation if own else fixed_normalisation
         # Run together, bottlenecks do not call the forward of their normalisations.
-        for module in (msdnet, ranet):
-            module.run_bottlenecks = layers.run_bottlenecks if own else lambda bottlenecks, x: [b(x) for b in bottlenecks]
+        grouped.run_bottlenecks = run_bottlenecks if own else lambda bottlenecks, x, *_: [b(x) for b in bottlenecks]
         script = {"train": train_imagenet, "eval": eval_imagenet}[run["script"]]
         assert script.main(run["flags"]) == 0
         if run["script"] == "eval" and distributed.is_main():

@@ -20,7 +20,7 @@ from torch import nn
 import train_imagenet
 from args import parse_args
 from dataloader import build_data
-from models import BoostedNet, MSDNet, msdnet, ranet
+from models import BoostedNet, MSDNet, grouped
 from utils.core import distributed, errors
 from utils.core.errors import UserError
 from utils.core.lock import locked
@@ -82,8 +82,7 @@ def alone(images, tmp_path_factory) -> Path:
         patch.setattr(nn.BatchNorm2d, "forward", nn.BatchNorm2d.forward)
         for module in (trainer, evaluation):
             patch.setattr(module, "predict", module.predict)
-        for module in (msdnet, ranet):
-            patch.setattr(module, "run_bottlenecks", module.run_bottlenecks)
+        patch.setattr(grouped, "run_bottlenecks", grouped.run_bottlenecks)
         ranks.run_all([*runs, *eval_runs(images, folder / "msdnet/model_best.pth", folder)], folder)
     return folder
 

@@ -13,8 +13,7 @@ import args as cli
 import eval_cifar100
 import train_cifar100
 from adaptive_inference import EarlyExit
-from models import BoostedNet, CollaborativeNet, MSDNet, RANet
-from models.layers import run_separately
+from models import BoostedNet, CollaborativeNet, MSDNet, RANet, map_state
 from utils.core import distributed
 from utils.core.errors import STOPPED, UserError
 from utils.evaluation.fast_form import FORMS, prepare_for_inference
@@ -271,26 +270,19 @@ def test_one_routed_backward_pass_equals_a_pass_for_every_exit_with_features_cut
     if "groups" in more:
         more = {"groups": [1, n_exits - 1] if more["groups"] == "1, rest" else [n_exits]}
     reference = copy.deepcopy(model)
-    run_separately(reference)
     method = BlockLosses(model, still(model), distill_weight=0.0, temperature=1.0, **more)
     method.step(x, y)
     for n, first in enumerate(method.first_blocks):
         state = reference.backbone.start(x)
         for i in range(n + 1):
             if i == first:
-                state = _detached(state)
+                state = map_state(torch.Tensor.detach, state)
             logits, state = reference.backbone.step(i, state)
         torch.nn.functional.cross_entropy(logits, y).backward()
     for (name, got), want in zip(gradients(method).items(), (p.grad for p in reference.parameters()), strict=True):
         assert (got is None) == (want is None), name
         if got is not None:
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
-
-
-def _detached(state):
-    if isinstance(state, torch.Tensor):
-        return state.detach()
-    return {k: _detached(v) for k, v in state.items()} if isinstance(state, dict) else [_detached(v) for v in state]
 
 
 @pytest.mark.parametrize(("more", "first_blocks"), [

@@ -17,6 +17,7 @@ from utils.methods.distillation import Distillation
 from utils.methods.imta import Collaboration
 from utils.methods.l2w import SampleWeighting, WeightNet, leaving
 from utils.methods.losses import divergence
+from utils.training.fast_forward import training_forward
 from utils.training.optim import build_optimizer
 
 L2W, BDL, IMTA = golden.load("l2w"), golden.load("bdl"), golden.load("imta")
@@ -85,8 +86,10 @@ def l2w_backbone() -> nn.Module:
 
 def weighting(backbone, run) -> SampleWeighting:
     model = alone(copy.deepcopy(backbone))
-    method = SampleWeighting(model, sgd(model.backbone, 0.0 if run["scenario"] == "A" else 0.9), reads=run["weight_net_input"],
-                             centring=run["constraint"], epsilon=0.3, target_p_index=15, meta_lr=1e-4, meta_weight_decay=1e-4)
+    method = SampleWeighting(model, sgd(model.backbone, 0.0 if run["scenario"] == "A" else 0.9),
+                             network=training_forward(model, batch_size=run["batch"]),
+                             reads=run["weight_net_input"], centring=run["constraint"], epsilon=0.3, target_p_index=15,
+                             meta_lr=1e-4, meta_weight_decay=1e-4)
     golden.fill(method.weight_net)
     return method
 
@@ -98,7 +101,7 @@ def test_an_iteration_of_sample_weighting(l2w_backbone, run, monkeypatch):
     model, images, labels = method.model, golden.images(run["batch"], 32), golden.targets(run["batch"], 100)
     assert labels.tolist() == L2W[f"batch{run['batch']}"]["targets"]
     if run["scenario"] == "B":
-        plain = Method(model, method.optimizer)
+        plain = Method(model, method.optimizer, network=method.network)
         totals = [plain.step(images, labels).total.item() for _ in range(2)]
         assert totals == pytest.approx(run["two_plain_step_losses"], rel=1e-9)
 

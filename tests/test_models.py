@@ -1,16 +1,16 @@
 """What the networks promise beyond the reference vectors: stepping, gradient rescaling, initialisation, refusals."""
-import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import models.grouped
 import models.msdnet
 import models.ranet
 from args import parse_args
-from models import BoostedNet, MSDNet, RANet, expand_temperatures, select
-from models.layers import Bottleneck, run_separately
+from models import BoostedNet, MSDNet, RANet, expand_temperatures, map_state
+from models.grouped import grouped_form
 from op_counter import measure_model
 from utils.options.network import NetworkSpec
 from utils.runs.restore import build_model
@@ -27,9 +27,9 @@ def backbone(request):
 
 
 def _tensors(state):
-    if isinstance(state, torch.Tensor):
-        return [state]
-    return [t for part in (state.values() if isinstance(state, dict) else state) for t in _tensors(part)]
+    found = []
+    map_state(found.append, state)
+    return found
 
 
 def test_stepping_gives_the_logits_of_the_full_forward_pass(backbone):
@@ -54,16 +54,17 @@ def test_selected_rows_go_on_as_if_they_were_alone(backbone):
         for n in range(backbone.n_exits):
             logits, state = backbone.step(n, state)
             if n == 0:
-                logits, state = logits[rows], select(state, rows)
+                logits, state = logits[rows], map_state(lambda t: t[rows], state)
                 assert all(len(t) == 2 for t in _tensors(state))
-                mask = torch.tensor([True, False])
-                assert all(torch.equal(a[:1], b) for a, b in zip(_tensors(state), _tensors(select(state, mask)), strict=True))
+                assert isinstance(backbone, MSDNet) or isinstance(state, models.ranet.State)
             torch.testing.assert_close(logits, wanted[n], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["plain", "grouped"])
 @pytest.mark.parametrize("build, module, config", [(MSDNet, models.msdnet, MSD), (RANet, models.ranet, RAN)])
-def test_rescaled_gradient_of_every_classifier_map_follows_the_formula(monkeypatch, build, module, config):
+def test_rescaled_gradient_of_every_classifier_map_follows_the_formula(monkeypatch, build, module, config, form):
     seen = []
+    module = module if form == "plain" else models.grouped
     original = module.rescale_at_exit
 
     def watch(x, n, n_exits):
@@ -76,8 +77,8 @@ def test_rescaled_gradient_of_every_classifier_map_follows_the_formula(monkeypat
     monkeypatch.setattr(module, "rescale_at_exit", watch)
     torch.manual_seed(0)
     net = build(**config, rescale_gradients=True).double().train()
-    y = torch.arange(4) % 7
-    sum(F.cross_entropy(logits, y) for logits in net(torch.randn(4, 3, 32, 32).double())).backward()
+    y, call = torch.arange(4) % 7, net if form == "plain" else grouped_form(net)
+    sum(F.cross_entropy(logits, y) for logits in call(torch.randn(4, 3, 32, 32).double())).backward()
     assert len(seen) == net.n_exits
     for i, (x, for_classifier, onward) in enumerate(seen):
         remaining = net.n_exits - i
@@ -93,72 +94,6 @@ def test_gradient_rescaling_leaves_the_forward_pass_alone(backbone):
     other.load_state_dict(backbone.state_dict())
     x = torch.randn(2, 3, 32, 32)
     assert all(torch.equal(a, b) for a, b in zip(backbone(x), other(x), strict=True))
-
-
-@pytest.mark.parametrize("build, config, all_read", [
-    (MSDNet, MSD | {"n_blocks": 4}, False),   # two scales come out of the last of four layers, and nothing reads the finer one
-    (MSDNet, MSD | {"n_blocks": 2}, False),
-    (MSDNet, MSD | {"n_blocks": 3, "base": 3, "step": 2}, True),
-    (RANet, RAN, True),
-    (RANet, RAN | {"scale_list": [1, 2, 3, 3], "gr_factor": [4, 2, 1, 1], "bn_factor": [4, 2, 1, 1]}, True)])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_convolutions_that_read_one_map_run_together_and_train_as_each_by_itself(monkeypatch, build, config, all_read, layout):
-    torch.manual_seed(0)
-    together = build(**config, rescale_gradients=True).double().to(memory_format=layout)
-    separate = copy.deepcopy(together)
-    run_separately(separate)
-    joint, after_first = [], Bottleneck.after_first
-    monkeypatch.setattr(Bottleneck, "after_first", lambda self, x: joint.append(self) or after_first(self, x))
-    for net in (separate, together):
-        assert not joint
-        x = torch.randn(6, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        sum(F.cross_entropy(logits, torch.arange(6)) for logits in net(x.contiguous(memory_format=layout))).backward()
-    assert joint
-    for (name, want), got in zip(separate.state_dict().items(), together.state_dict().values(), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14, msg=name)
-    unread = 0
-    for (name, want), got in zip(separate.named_parameters(), together.parameters(), strict=True):
-        assert (got.grad is None) is (want.grad is None), name   # an optimiser would shrink what has a gradient of zero
-        unread += want.grad is None
-        if want.grad is not None:
-            torch.testing.assert_close(got.grad, want.grad, rtol=1e-9, atol=1e-12, msg=name)
-    assert (unread == 0) is all_read
-    joint.clear()
-    together.eval()(x)
-    assert not joint
-
-
-@pytest.mark.parametrize("build, config", [(MSDNet, MSD), (RANet, RAN)])
-@pytest.mark.parametrize("change", ["one evaluates", "another kind"])
-def test_normalisation_that_is_not_to_take_statistics_of_the_batch_alone_runs_by_itself(build, config, change):
-    class Synchronised(torch.nn.BatchNorm2d):   # as nn.SyncBatchNorm, which needs GPUs
-        def forward(self, x):
-            calls.append(self)
-            return super().forward(x)
-
-    calls, changed = [], []
-    net = build(**config)
-    for bottleneck in (m for m in net.modules() if isinstance(m, Bottleneck)):
-        norm = bottleneck.net[1]
-        if change == "another kind":
-            norm.__class__ = Synchronised
-        elif len(changed) % 2:
-            norm.eval()
-        changed.append(norm)
-    before = [norm.running_mean.clone() for norm in changed]
-    net(torch.randn(4, 3, 32, 32))
-    if change == "another kind":
-        assert set(calls) == set(changed)
-    for norm, mean in zip(changed, before, strict=True):
-        assert torch.equal(norm.running_mean, mean) is not norm.training
-
-
-def test_ranet_runs_convolutions_of_later_exits_ahead_only_in_training_and_only_together_with_others():
-    net, x = RANet(**RAN), torch.randn(2, 3, 32, 32)
-    for prepare, ahead in ((net.train, True), (net.eval, False), (lambda: run_separately(net.train()), False)):
-        prepare()
-        _, state = net.step(0, net.start(x))
-        assert any(state["ups"]) is ahead
 
 
 def test_boosted_head_is_the_frozen_sum_and_the_joint_baseline_is_temperature_zero(backbone):
@@ -245,13 +180,13 @@ def test_ranet_draws_its_convolutions_from_a_normal_of_the_output_fan_and_leaves
 
 @pytest.mark.parametrize("build, change, message", [
     (MSDNet, dict(growth_rate=3, gr_factor=[1, 1, 2]), "odd width 3"),
-    (MSDNet, dict(bn_factor=[1, 2]), "bnFactor 2"),
+    (MSDNet, dict(bn_factor=[1, 2]), "bn_factor 2"),
     (MSDNet, dict(gr_factor=[1, 2], bn_factor=[1, 2]), "16x16 map"),
     (MSDNet, dict(image_size=64), "32 and 224"),
     (RANet, dict(scale_list=[1, 2, 2]), "read 8x8"),
     (RANet, dict(scale_list=[1, 2], gr_factor=[2, 1], bn_factor=[2, 1]), "read 8x8"),
-    (RANet, dict(gr_factor=[1, 2]), "scale-list has 3"),
-    (RANet, dict(growth_rate=1), "compress-factor"),
+    (RANet, dict(gr_factor=[1, 2]), "scale_list has 3"),
+    (RANet, dict(growth_rate=1), "compress_factor"),
 ])
 def test_impossible_networks_are_refused_with_the_reason(build, change, message):
     with pytest.raises(ValueError, match=message):

@@ -7,6 +7,7 @@ from args import parse_args
 from models import BoostedNet, build_backbone
 from op_counter import measure_model
 from utils.methods import Method
+from utils.training.fast_forward import training_forward
 from utils.training.optim import build_optimizer
 
 MODELS = ["msdnet_cifar100_anytime", "msdnet_ge_cifar100_anytime", "msdnet_ge_cifar100_batch_base4",
@@ -45,8 +46,8 @@ def _training_temperatures(reference, method):
     return [0.0, *reference["ensemble_reweight"][:-1]]
 
 
-@pytest.mark.parametrize("method", ["boost", "joint"])
-def test_training_losses_gradients_and_sgd_steps(case, method):
+@pytest.mark.parametrize("method, form", [("boost", "grouped"), ("joint", "grouped"), ("boost", "plain")])
+def test_training_losses_gradients_and_sgd_steps(case, method, form):
     reference, backbone = case
     stored, want = reference["train"], reference["train"][method]
     golden.fill(backbone)
@@ -55,7 +56,7 @@ def test_training_losses_gradients_and_sgd_steps(case, method):
     y = golden.targets(stored["batch"], reference["num_classes"])
     assert y.tolist() == stored["targets"]
     optimizer = build_optimizer(backbone, name="sgd", lr=0.1, momentum=0.9, weight_decay=[1e-4])
-    training = Method(model, optimizer)
+    training = Method(model, optimizer, network=training_forward(model, batch_size=len(x)) if form == "grouped" else None)
 
     total_losses = []
     steps = len(want.get("sgd_total_losses") or [None])

@@ -9,7 +9,7 @@ from tiny import command, differences, make_images, one_line_error, outcome, sig
 
 import train_cifar100
 from models import BoostedNet, MSDNet, RANet
-from models.layers import resize_like
+from models.grouped import GroupedForm
 from utils.core.errors import STOPPED, UserError
 from utils.methods import Method
 from utils.training import fast_forward as fast
@@ -153,9 +153,11 @@ def test_graphs_keep_every_bit_and_leave_statistics_and_random_numbers_alone(nam
     assert FakeGraph.replays == 2 * STEPS   # forward and backward; the last batch is smaller and runs as ever
 
 
-def test_without_a_flag_the_network_itself_is_trained():
+def test_without_a_flag_the_grouped_form_is_trained():
     model = network()
-    assert training_forward(model, batch_size=BATCH) is model
+    forward = training_forward(model, batch_size=BATCH)
+    assert isinstance(forward.backbone, GroupedForm) and forward.backbone.backbone is model.backbone
+    assert forward.temperatures == model.temperatures
 
 
 @pytest.mark.parametrize("name", ["msdnet", "ranet"])
@@ -171,17 +173,6 @@ def test_channels_last_is_the_layout_inside_and_nothing_is_left_of_it_in_a_check
     forward(batches()[0][0])
     assert seen and all(map(all, seen))
     assert list(model.state_dict()) == list(network(name).state_dict())
-
-
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_interpolation_gets_a_dense_gradient_in_the_layout_of_its_map(layout):
-    arriving = []
-    maps = torch.randn(2, 6, 8, 8).contiguous(memory_format=layout).requires_grad_()
-    resized = resize_like(maps, torch.Size((16, 16)))
-    resized.grad_fn.next_functions[0][0].register_prehook(lambda grads: arriving.extend(grads))
-    torch.cat([resized, torch.randn(2, 3, 16, 16).contiguous(memory_format=layout)], dim=1).square().sum().backward()
-    assert [grad.is_contiguous(memory_format=layout) for grad in arriving] == [True]
-    torch.testing.assert_close(arriving[0], 2 * resized)
 
 
 def test_bfloat16_is_inside_only():

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from models import BoostedNet
-from models.layers import run_separately
 from utils.benchmarks.early_exit import NETWORKS
 from utils.benchmarks.measure import Clock, Measurement, count, peak_memory, training_clock
 from utils.core.tables import format_table
@@ -69,7 +68,6 @@ class PlainLoop:
     def __init__(self, model: BoostedNet, images: np.ndarray, labels: np.ndarray, args: Namespace, device: torch.device) -> None:
         from torch.utils.data import DataLoader, RandomSampler
         self.model, self.device = model, device
-        run_separately(model)
         self.clock: Clock = training_clock(device)[0]
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
         data = TransformedImages(images, labels)

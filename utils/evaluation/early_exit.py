@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import BoostedNet
+from models import BoostedNet, map_state
 from utils.evaluation.confidence import Measure, confidence
 
 # Batches shrink to a few sizes only, so many between a number and its double: oneDNN builds code for every size it meets, and
@@ -182,11 +182,11 @@ class _Running:
         self.places[gaps] = self.places[movers]
         self.places = self.places[:size]
         self.n_left -= len(stays) - size
-        state = _each(self._writable, state)
+        state = map_state(self._writable, state)
         if len(gaps):
             gaps, movers = self._index(gaps), self._index(movers)
-            _each(lambda tensor: tensor.index_copy_(0, gaps, tensor.index_select(0, movers)), [live(state), scores])
-        return _each(lambda tensor: tensor[:size], state), scores[:size]
+            map_state(lambda tensor: tensor.index_copy_(0, gaps, tensor.index_select(0, movers)), [live(state), scores])
+        return map_state(lambda tensor: tensor[:size], state), scores[:size]
 
     def _writable(self, tensor: Tensor) -> Tensor:
         # The caller's images, should a backbone carry them along, are not ours to write to.
@@ -217,15 +217,6 @@ class _Deadline:
             torch.cuda.synchronize(self.device)
         self.up_to_date = False
         return time.perf_counter() >= self.end
-
-
-def _each(function: Callable[[Tensor], Tensor], state: Any) -> Any:
-    """A state with every tensor replaced."""
-    if isinstance(state, Tensor):
-        return function(state)
-    if isinstance(state, dict):
-        return {name: _each(function, value) for name, value in state.items()}
-    return [_each(function, value) for value in state]
 
 
 def _allowed_size(n: int, per_doubling: int | None) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models import BoostedNet
 from models.inference import fold_batch_norm, growing_form
-from models.layers import all_exits
+from models.layers import Backbone
 from utils.core.errors import UserError
 from utils.options.network import NetworkSpec
 from utils.runs import checkpoint
@@ -90,7 +90,7 @@ def exit_times(model: BoostedNet, x: Tensor) -> np.ndarray:
     return np.diff(clock)
 
 
-class ChannelsLast(nn.Module):
+class ChannelsLast(Backbone):
     """A backbone in the channels_last layout, its steps compiled on request."""
 
     def __init__(self, backbone: nn.Module, *, compiled: bool) -> None:
@@ -112,9 +112,6 @@ class ChannelsLast(nn.Module):
 
     def step(self, n: int, state) -> tuple[Tensor, object]:
         return self._steps[n](state)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return all_exits(self, x)
 
 
 class _Step:

@@ -39,7 +39,7 @@ def build_method(args: argparse.Namespace, model: BoostedNet, optimizer: torch.o
     """The method of the parsed flags.
 
     Args:
-        network: `model`, or what averages its gradients over the processes.
+        network: what to call in training, see `Method`.
         teacher: network of --teacher, for the methods that take one.
     Raises:
         UserError: when the flags do not fit the network.

@@ -37,8 +37,9 @@ class Method:
     Args:
         model: the network in training.
         optimizer: over its parameters.
-        network: what to call for predictions where that is a wrapper around the model (DistributedDataParallel); only for
-            methods that catalog.METHODS says are one call.
+        network: what to call for predictions in training: another form of the model, with the same parameters and buffers
+            (`training_forward`), and for methods that catalog.METHODS says are one call also a wrapper around it
+            (DistributedDataParallel). Default: the model itself.
         equalise: see `ExitLosses`.
     """
 

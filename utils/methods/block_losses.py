@@ -2,13 +2,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from models.layers import run_separately
 from utils.methods.distillation import Distillation
 
 
@@ -54,7 +53,6 @@ class BlockLosses(Distillation):
             raise ValueError(f"give groups, or an overlap of at least 1 block; got {groups} and {overlap}")
         if include_final:
             self.first_blocks[-1] = 0
-        run_separately(self.model)   # the loss that reaches a block need not reach all of its convolutions
         self._passes: list[_Pass] = []
         self._leaves: list[Tensor] = []   # logits as the loss sees them: its gradient is picked up here and routed
 
@@ -66,9 +64,11 @@ class BlockLosses(Distillation):
         backbone, state = self.model.backbone, self.model.backbone.start(images)
         self._passes = []
         for n in range(backbone.n_exits):
-            inputs: list[Tensor] = []
-            logits, state = backbone.step(n, _cut(state, inputs) if n else state)
-            self._passes.append(_Pass(inputs, logits, list(_tensors(state))))
+            inputs, form = tree_flatten(state)
+            if n > 0:
+                inputs = [x.detach().requires_grad_() for x in inputs]
+            logits, state = backbone.step(n, tree_unflatten(inputs, form))
+            self._passes.append(_Pass(inputs, logits, tree_leaves(state)))
         self._leaves = [block.logits.detach().requires_grad_() for block in self._passes]
         return self._leaves
 
@@ -91,22 +91,3 @@ class BlockLosses(Distillation):
                     leaf.grad = None
             arriving = leaving
         self._passes, self._leaves = [], []
-
-
-def _cut(state: Any, leaves: list[Tensor]) -> Any:
-    """The state with its tensors cut off what they were computed from; they are appended to `leaves`."""
-    if isinstance(state, Tensor):
-        leaves.append(state.detach().requires_grad_())
-        return leaves[-1]
-    if isinstance(state, dict):
-        return {name: _cut(value, leaves) for name, value in state.items()}
-    return [_cut(value, leaves) for value in state]
-
-
-def _tensors(state: Any) -> Iterator[Tensor]:
-    """The tensors of a state in the order of `_cut`."""
-    if isinstance(state, Tensor):
-        yield state
-    else:
-        for value in state.values() if isinstance(state, dict) else state:
-            yield from _tensors(value)

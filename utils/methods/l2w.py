@@ -117,7 +117,7 @@ class SampleWeighting(Method):
 
     def meta_loss(self, images: Tensor, labels: Tensor, held_out_images: Tensor, held_out_labels: Tensor) -> Tensor:
         """Loss of the held-out half after a trial step, a function of the weight network's parameters."""
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(self.network.named_parameters())
         predictions = self._trial(parameters, images)
         per_sample = cross_entropies(predictions, labels)
         weighted = self.objective(self.weights(predictions, per_sample) * per_sample)
@@ -132,8 +132,8 @@ class SampleWeighting(Method):
 
     def _trial(self, parameters: dict[str, Tensor], images: Tensor) -> list[Tensor]:
         """Predictions of the network with other parameters; its buffers stay as they are."""
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        return functional_call(self.model, {**parameters, **buffers}, images)
+        buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
+        return functional_call(self.network, {**parameters, **buffers}, images)
 
     def _after_sgd(self, parameter: Tensor, gradient: Tensor | None, group: dict[str, Any]) -> Tensor:
         """Where the optimiser's next step would take a parameter of a group, a function of the gradient; all else is constant."""
