@@ -45,9 +45,7 @@ def command(images: Path, result_dir: Path, *more: str) -> list[str]:
 def ranet_command(images: Path, result_dir: Path, *more: str) -> list[str]:
     """The same with a RANet of three exits."""
     network = "--arch ranet_ge --nBlocks 1 --block-step 1 --step 1 --scale-list 1-2-3 --grFactor 4-2-1 --bnFactor 4-2-1".split()
-    line = command(images, result_dir, *network, *more)
-    base = line.index("--base")   # which RANet does not have
-    return line[:base] + line[base + 2:]
+    return command(images, result_dir, *network, *more)
 
 
 def signal_at_step(monkeypatch: Any, step: int, number: int = signal.SIGTERM) -> None:
