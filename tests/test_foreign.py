@@ -53,7 +53,7 @@ def refusal(path: pathlib.Path, key: str | None = None) -> str:
         "state_dict", "model", "net", "state_dict_ema", "model_ema")),
     {"state_dict": {"model": prefixed("module.")}, "best_acc": 70.5},
     {"model": {name: nn.Parameter(tensor) for name, tensor in WEIGHTS.items()}, "optimizer": {"state": {}}},
-    {"net": WEIGHTS, "format": None, "architecture": "resnet"},
+    {"net": WEIGHTS, "format": None, "architecture": "resnet"}, {"state_dict": WEIGHTS, "architecture": {"name": "resnet"}},
 ], ids=str)
 def test_weights_are_found_in_every_usual_shape(tmp_path, content):
     found = checkpoint.load(saved(tmp_path, content))

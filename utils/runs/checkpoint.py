@@ -125,7 +125,7 @@ def load(path: str | Path, key: str | None = None) -> dict[str, Any]:
     if version is not None and (type(version) is not int or version != FORMAT):
         raise UserError(f"{path} has format {version}, this version reads format {FORMAT}; use the version it is from")
     weights = find_weights(content, path, key)
-    if version is None and not isinstance(content.get("architecture"), dict):
+    if version is None:
         return {"state_dict": weights} | ({"epoch": content["epoch"]} if type(content.get("epoch")) is int else {})
     _check(content, CONTENT, f"{path} is not a checkpoint of this project")
     return {**content, "state_dict": weights}
