@@ -39,8 +39,8 @@ FLAGS = """
 --epochs --epsilon --evalmode --evaluate-from --flat_curve --gpu --grFactor --groups --growthRate --help --image_size
 --images --include_final --learning-rate --local-rank --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones --max_drop
 --meta_interval --meta_lr --meta_net_hidden_size --meta_net_input_type --meta_net_num_layers --meta_weight_decay
---method --momentum --nBlocks --nChannels --new_classifier --optimizer --overlap --paper_protocol --policy --print-freq
---prune --publish --reduction --result_dir --resume --save_every_minutes --save_suffix --scale-list --seed
+--method --momentum --nBlocks --nChannels --new_classifier --optimizer --overlap --paper_protocol --policy --predictions
+--print-freq --prune --publish --reduction --result_dir --resume --runtime --save_every_minutes --save_suffix --scale-list --seed
 --skip_unreadable --start-epoch --step --stepmode --sweep --target_p_index --teacher --tensorboard_dir --threads
 --thresholds --trainable_ensemble --use-valid --val_workers --valid_size --wd --weight-decay --workers -h -p
 """
@@ -59,13 +59,17 @@ DEFAULTS = dict(
     paper_protocol=False, epochs=300, start_epoch=0, batch_size=64, optimizer="sgd", lr_f=0.1,
     lr_type="multistep", lr_milestones=[100, 200], decay_rate=0.1, momentum=0.9, weight_decay=[1e-4],
     amp="off", channels_last=False, compile=False, cuda_graphs=False,
-    evaluate_from=None, evalmode="anytime", ensemble=None, policy="confidence", budget=None, cost="macs", images=None, sweep=None,
+    evaluate_from=None, evalmode="anytime", ensemble=None, policy="confidence", budget=None, cost="macs",
+    images=None, runtime="torch",
+    predictions=None, sweep=None,
     flat_curve=False, publish=None, save_suffix="", thresholds="geometric", max_drop=None, confidence_level=0.95,
     distributed=False, dist_backend=None, local_rank=0,
 )
 
 # (command line, flag that the message has to name)
 MISTAKES = [
+    ("--evaluate-from f --evalmode dynamic --runtime onnx", "--runtime"),
+    ("--evaluate-from f --evalmode realtime --predictions p.csv", "--predictions"),
     ("--no-such-flag", "--no-such-flag"),
     ("--batch 64", "--batch"),  # no abbreviations
     ("stray", "stray"),

@@ -205,7 +205,7 @@ def test_missing_data_and_files_are_one_line(images, run, tmp_path, capsys):
     missing, no_run = tmp_path / "nowhere", tmp_path / "no-run"
     for call, message in (
             (lambda: train_cifar100.main(tiny.command(missing, tmp_path / "r")), f"{missing}/train: no such folder"),
-            (lambda: _evaluate(missing, tmp_path), f"{missing}/train: no such folder"),
+            (lambda: _evaluate(missing, tmp_path), f"{missing} has no 'test' or 'val' folder"),
             (lambda: _evaluate(images, no_run), f"{no_run / 'model_best.pth'}: no such checkpoint")):
         assert message in tiny.one_line_error(capsys, call)
     assert not (tmp_path / "r" / "model_latest.pth").exists()

@@ -95,13 +95,8 @@ class OnnxPrograms:
         folder = Path(folder)
         runtime = _runtime()
         self.about = read_about(folder)
-        options = runtime.SessionOptions()
-        options.log_severity_level = 3
+        options = session_options()
         self.shares_pool = _shared_pool_threads is not None
-        if self.shares_pool:
-            options.use_per_session_threads = False
-        else:
-            options.intra_op_num_threads = options.inter_op_num_threads = 1
         self._sessions = []
         for name in self.about["steps"]:
             path = folder / name
@@ -232,6 +227,17 @@ def use_all_cores(threads: int) -> None:
     if _shared_pool_threads is None:
         _runtime().set_global_thread_pool_sizes(threads, 1)
         _shared_pool_threads = threads
+
+
+def session_options() -> Any:
+    """Options of every session: the shared pool of threads where there is one, else a single thread."""
+    options = _runtime().SessionOptions()
+    options.log_severity_level = 3
+    if _shared_pool_threads is not None:
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return options
 
 
 def read_about(folder: Path) -> dict[str, Any]:

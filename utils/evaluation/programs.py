@@ -26,6 +26,7 @@ from op_counter import measure_model
 from utils.core.errors import UserError
 from utils.core.files import atomic_write, write_json
 from utils.data.augment import statistics_of
+from utils.evaluation.onnx_exit import session_options
 from utils.runs.restore import name_outputs
 
 FORMAT = 2
@@ -228,7 +229,7 @@ def _names(tensors: Sequence[Tensor]) -> list[str]:
 def _difference(content: bytes, step: Step) -> float:
     """Largest difference of an output from PyTorch's, in parts of the largest value of that output."""
     import onnxruntime
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, session_options(), providers=["CPUExecutionProvider"])
     feed = {node.name: tensor.numpy() for node, tensor in zip(session.get_inputs(), step.inputs, strict=True)}
     found = session.run(None, feed)
     return max(float((torch.from_numpy(a) - b).abs().max() / b.abs().max()) for a, b in zip(found, step.outputs, strict=True))

@@ -55,7 +55,6 @@ class OnnxRuntime:
     """Its ONNX programs, with all cores of the process."""
 
     def __init__(self, folder: Path, policy: str = "confidence") -> None:
-        use_all_cores(torch.get_num_threads())
         self.programs, self.policy = OnnxPrograms(folder), policy
 
     def predict(self, batches: Iterable) -> Predictions:
@@ -101,6 +100,7 @@ def open_runtime(name: str, model: BoostedNet, saved: dict[str, Any], folder: Pa
         return TorchRuntime(model, policy)
     if next(model.parameters()).device.type != "cpu":
         raise UserError("--runtime onnx runs on the CPU here; pass --device cpu")
+    use_all_cores(torch.get_num_threads())
     read = "_".join(f"{t:.12g}" for t in dict.fromkeys(model.temperatures))
     programs = folder / f"onnx_{hash_weights(saved['state_dict'])[:16]}_{type(model).__name__.lower()}_{read}"
     if not (programs / ABOUT).is_file():
