@@ -125,6 +125,19 @@ def test_an_onnx_program_unlike_the_network_is_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_outputs_without_names_and_a_folder_beside_the_programs_are_left_in_peace(tmp_path):
+    """Weights of another program say nothing of their classes."""
+    model = BoostedNet(MSDNet(n_blocks=1, base=1, n_channels=4, growth_rate=2, num_classes=3), [0.5])
+    saved = {"architecture": {"arch": "msdnet", "image_size": 32, "num_classes": 3}, "method": "boost", "dataset": "cifar100"}
+    mine = tmp_path / "programs.partial" / "mine"
+    mine.parent.mkdir()
+    mine.touch()
+    list(programs.write_folder(model, saved, [], tmp_path / "programs", "torch"))
+    about = json.loads((tmp_path / "programs" / "model.json").read_text())
+    assert about["class_names"] == ["class 0", "class 1", "class 2"]
+    assert mine.exists() and len(list(tmp_path.iterdir())) == 2
+
+
 def test_folders_that_are_no_onnx_programs(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no model.json"):
         OnnxPrograms(tmp_path)

@@ -93,15 +93,15 @@ class OnnxPrograms:
 
     def __init__(self, folder: str | Path, threads: int | None = None) -> None:
         folder = Path(folder)
-        runtime = _runtime()
         self.about = read_about(folder)
-        options = session_options()
         self.shares_pool = _shared_pool_threads is not None
         self._sessions = []
         for name in self.about["steps"]:
             path = folder / name
             try:
-                session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+                session = open_session(str(path))
+            except UserError:   # of ONNX Runtime itself, not of this file
+                raise
             except Exception as error:   # the library's exceptions have no class in common
                 reason = str(error).strip().splitlines()[0]
                 raise UserError(f"{path} cannot be loaded: {reason if path.is_file() else 'there is no such file'}") from error
@@ -229,15 +229,16 @@ def use_all_cores(threads: int) -> None:
         _shared_pool_threads = threads
 
 
-def session_options() -> Any:
-    """Options of every session: the shared pool of threads where there is one, else a single thread."""
-    options = _runtime().SessionOptions()
+def open_session(program: str | bytes) -> Any:
+    """A session of a program, a file or its content: on the shared pool of threads where there is one, else with one thread."""
+    runtime = _runtime()
+    options = runtime.SessionOptions()
     options.log_severity_level = 3
     if _shared_pool_threads is not None:
         options.use_per_session_threads = False
     else:
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return options
+    return runtime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
 
 
 def read_about(folder: Path) -> dict[str, Any]:

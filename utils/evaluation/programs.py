@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from op_counter import measure_model
 from utils.core.errors import UserError
 from utils.core.files import atomic_write, write_json
 from utils.data.augment import statistics_of
-from utils.evaluation.onnx_exit import session_options
+from utils.evaluation.onnx_exit import open_session
 from utils.runs.restore import name_outputs
 
 FORMAT = 2
@@ -144,8 +145,7 @@ def write_folder(model: BoostedNet, saved: dict[str, Any], points: Sequence[dict
                  thresholds: str = "geometric") -> Iterator[tuple[Path, float | None]]:
     """Write all programs and model.json; the folder appears when it is complete. Yields as `write_programs`."""
     side = saved["architecture"]["image_size"]
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")   # a name that nobody else's folder has
     partial.mkdir(parents=True)
     try:
         names = []
@@ -172,7 +172,7 @@ def describe(model: BoostedNet, saved: dict[str, Any], steps: Sequence[str], poi
     tools = {"torch": ["torch"], "onnx": ["torch", "onnx", "onnxscript", "onnxruntime"]}[form]
     return {"format": FORMAT, "runtime": form, "arch": saved["architecture"]["arch"], "method": saved["method"],
             "dataset": saved["dataset"], "steps": list(steps), "image_size": side, "mean": mean, "std": std,
-            "class_names": name_outputs(saved["class_names"], saved["architecture"]["num_classes"]),
+            "class_names": name_outputs(saved.get("class_names"), saved["architecture"]["num_classes"]),
             "temperatures": list(model.temperatures),
             "macs": measure_model(model, side, side)[0],
             "thresholds": thresholds, "calibration": None,
@@ -228,8 +228,7 @@ def _names(tensors: Sequence[Tensor]) -> list[str]:
 
 def _difference(content: bytes, step: Step) -> float:
     """Largest difference of an output from PyTorch's, in parts of the largest value of that output."""
-    import onnxruntime
-    session = onnxruntime.InferenceSession(content, session_options(), providers=["CPUExecutionProvider"])
+    session = open_session(content)
     feed = {node.name: tensor.numpy() for node, tensor in zip(session.get_inputs(), step.inputs, strict=True)}
     found = session.run(None, feed)
     return max(float((torch.from_numpy(a) - b).abs().max() / b.abs().max()) for a, b in zip(found, step.outputs, strict=True))
