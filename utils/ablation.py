@@ -20,7 +20,7 @@ from utils.core.tables import Table
 from utils.options.catalog import TEMPERATURE, title_of
 from utils.options.parser import OneLineParser
 from utils.reports.finished_runs import FinishedRun, by_exit, differences, read_runs, require_folder, seeds_together
-from utils.reports.style import COLOURS, INK, LEGEND, MARKERS, MILLIONS, TOP1, dress, new_figure, plain, save
+from utils.reports.style import COLOURS, INK, LEGEND, MARKERS, MILLIONS, TOP1, dress, new_figure, plain, png_file, save
 
 # What a panel varies, and its title.
 PANELS = {"temperature": "Temperature $t$", "batch_size": "Batch size", "switch": "Gradient rescaling, frozen sum"}
@@ -144,9 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with user_errors():
         folder = Path(args.folder)
-        output = Path(args.output or folder / "ablation.png")
-        if output.suffix != ".png":
-            raise UserError(f"--output {output}: the figure is a PNG file; give it a name that ends in .png")
+        output = png_file(args.output or folder / "ablation.png")
         groups, left_out = read_settings(folder)
         [file] = save(draw(groups), output)
         numbers = table(groups)

@@ -21,7 +21,7 @@ from utils.core.tables import Table
 from utils.options.catalog import METHODS, method_title, title_of
 from utils.options.parser import OneLineParser
 from utils.reports.finished_runs import FinishedRun, differences, read_evaluation, read_runs, require_folder
-from utils.reports.style import COLOURS, INK, LINES, MARKERS, MILLIONS, TOP1, dress, new_figure, plain, save
+from utils.reports.style import COLOURS, INK, LINES, MARKERS, MILLIONS, TOP1, dress, new_figure, plain, png_file, save
 from utils.runs.result_files import ENSEMBLES, RESULTS, reading_words, stem
 
 # What may differ: the method, its own flags, and the network that it starts from.
@@ -230,9 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with user_errors():
         folder = Path(args.folder)
-        output = Path(args.output or folder / "methods.png")
-        if output.suffix != ".png":
-            raise UserError(f"--output {output}: the figure is a PNG file; give it a name that ends in .png")
+        output = png_file(args.output or folder / "methods.png")
         found = read_comparison(folder)
         result = table(found)
         files = [*save(draw(found), output.with_suffix(""), svg=args.svg), output.with_suffix(".md")]

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from utils.core.errors import UserError
 from utils.core.files import atomic_write
 
 # Okabe and Ito's palette, distinguishable with every common form of colour blindness.
@@ -46,6 +47,18 @@ def dress(axes: Any, title: str, x_label: str, y_label: str = "") -> None:
 def plain(text: str) -> str:
     """Text from outside as matplotlib shows it unchanged: a dollar begins no formula, bytes that are no text become "?"."""
     return text.encode(errors="replace").decode().replace("$", r"\$")
+
+
+def png_file(output: str | Path) -> Path:
+    """The path given to --output.
+
+    Raises:
+        UserError: when it does not end in .png.
+    """
+    output = Path(output)
+    if output.suffix != ".png":
+        raise UserError(f"--output {output}: the figure is a PNG file; give it a name that ends in .png")
+    return output
 
 
 def save(figure: Any, stem: Path, *, svg: bool = False) -> list[Path]:
