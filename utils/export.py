@@ -16,6 +16,7 @@ from utils.core.errors import UserError, user_errors
 from utils.evaluation import operating_points
 from utils.evaluation.fast_form import load_model
 from utils.evaluation.programs import ABOUT, SUFFIXES, write_folder
+from utils.options.catalog import THRESHOLDS
 from utils.options.parser import OneLineParser
 from utils.runs import checkpoint
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run, out = Path(args.run), Path(args.out)
     path = run if run.is_file() else run / checkpoint.BEST
     model, saved = load_model(path)
-    points = operating_points.stored(path.parent, saved, family="eq9" if args.thresholds == "geometric" else args.thresholds)
+    points = operating_points.stored(path.parent, saved, family=THRESHOLDS.get(args.thresholds, args.thresholds))
     if not points:
         raise UserError(f"{path.parent} has no thresholds of this checkpoint; fit them first: eval_cifar100.py --data-root "
                         f"DATA --evaluate-from {path} --evalmode dynamic{FLAGS[args.thresholds]}")

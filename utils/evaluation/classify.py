@@ -25,6 +25,7 @@ from utils.evaluation import operating_points
 from utils.evaluation.confidence import read_exits
 from utils.evaluation.early_exit import Exits
 from utils.evaluation.runtime import open_runtime
+from utils.options.catalog import THRESHOLDS
 from utils.runs.restore import name_outputs, restore, spec_of
 
 
@@ -54,7 +55,7 @@ def classify_files(args: argparse.Namespace, saved: dict[str, Any], open_data: C
     budget = args.budget[0] if args.budget else None
     if budget:
         operating_points.check(macs, budget)
-    family = "promise" if args.max_drop is not None else "optimised" if args.thresholds == "optimised" else "eq9"
+    family = "promise" if args.max_drop is not None else THRESHOLDS[args.thresholds]
     points = operating_points.stored(folder, saved, args.save_suffix, temperatures=model.temperatures, family=family, **reading)
     if family == "promise":
         point = next((point for point in points if (point["max_drop"], point["confidence_level"])

@@ -27,6 +27,7 @@ from utils.evaluation.published import publish
 from utils.evaluation.realtime import evaluate_realtime
 from utils.evaluation.runtime import open_runtime
 from utils.evaluation.thresholds import describe_gain, describe_promise, optimised_curve, promise_point
+from utils.options.catalog import THRESHOLDS
 from utils.runs.checkpoint import LATEST, hash_weights
 from utils.runs.restore import restore, spec_of
 from utils.runs.result_files import FAMILIES, describe, stem
@@ -144,7 +145,7 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
     else:
         fitted = released_curve(*arrays, flat=flat) if released else budget_curve(*arrays, budgets)
     points = flatten(fitted) if flat and not released else fitted
-    family = "optimised" if thresholds == "optimised" else "released" if released else "eq9"
+    family = "released" if released else THRESHOLDS[thresholds]
     about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
     result = {**about, "family": family, "flat": flat, "augmented_hold_out": data.augment_valid,
               "points": [{**point, "thresholds": finite(point["thresholds"])} for point in points]}

@@ -24,6 +24,7 @@ from utils.evaluation.classify import write_predictions
 from utils.evaluation.early_exit import Exits
 from utils.evaluation.predict import Predictions
 from utils.evaluation.runtime import Runtime
+from utils.options.catalog import THRESHOLDS
 from utils.runs.restore import name_outputs
 from utils.runs.result_files import describe, stem
 
@@ -71,7 +72,7 @@ def evaluate_realtime(runtime: Runtime, data, folder: Path, *, about: dict[str, 
         names = name_outputs(data.class_names, data.num_classes)
         write_predictions(Path(predictions), map(str, range(test.n_samples)), passes[0].exits_of_all(), names, about["macs"])
     about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
-    result = {**about, "family": "optimised" if thresholds == "optimised" else "eq9", "cost": cost,
+    result = {**about, "family": THRESHOLDS[thresholds], "cost": cost,
               "batch_size": len(next(iter(data.test())).images), "latency_ms": latency_ms.tolist(),
               "versions": versions(next(iter(data.test())).images.device), "points": points}
     write_json(folder / f"{stem('realtime', result, suffix)}.json", result)

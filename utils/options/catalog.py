@@ -103,6 +103,7 @@ ANYTIME_NETWORKS = {
 }
 
 # Choices of flags, and what titles and legends call those that are not the usual ones.
+THRESHOLDS = {"geometric": "eq9", "optimised": "optimised"}   # family of the points in result files, by --thresholds
 RUNTIMES = ("torch", "onnx")   # of early exit
 DECODERS = ("pillow", "torchcodec")
 ENSEMBLES = {"none": "each exit alone", "boost": "exits added up", "average": "exits averaged", "poe": "product of exits"}

@@ -7,7 +7,17 @@ from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from functools import partial
 
-from utils.options.catalog import ARCHITECTURES, DATASETS, DECODERS, ENSEMBLES, METHOD_ALIASES, METHODS, POLICIES, RUNTIMES
+from utils.options.catalog import (
+    ARCHITECTURES,
+    DATASETS,
+    DECODERS,
+    ENSEMBLES,
+    METHOD_ALIASES,
+    METHODS,
+    POLICIES,
+    RUNTIMES,
+    THRESHOLDS,
+)
 from utils.options.parser import OneLineParser, list_of, number, path, true_false, whole, within, written_path
 
 IMAGE_SIZES = (32, 224)
@@ -281,7 +291,7 @@ def _evaluation_flags(parser: argparse.ArgumentParser) -> None:
         help="realtime with one --budget, --images: write class, confidence, exit and cost of every image to this CSV file")
     add("--images", nargs="+", metavar="PATH",
         help="classify these image files and say at which exit each one left; takes one --budget in MACs")
-    add("--thresholds", choices=("geometric", "optimised"), default="geometric",
+    add("--thresholds", choices=tuple(THRESHOLDS), default="geometric",
         help="how exit thresholds follow from a budget: shares of inputs that fall geometrically from exit to exit (eq. 9 of the "
              "paper), or those with the largest accuracy on the held-out images (default: %(default)s)")
     add("--max_drop", type=within(number, 0, 100, above=True, below=True), metavar="P",
