@@ -38,9 +38,9 @@ logger = logging.getLogger("boostnet")
 
 def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, batch_size: int = 64,
                eval_batch_size: int = 256, device: str | torch.device = "cpu", seed: int = 0, use_valid: bool = False,
-               valid_size: int | None = None, split: Split | None = None, order: Tensor | None = None,
-               augment_valid: bool = False, workers: int = 4, val_workers: int = 1, decoder: str = "pillow",
-               skip_unreadable: bool = False, needs_train: bool = True, rank: int = 0, world: int = 1,
+               valid_size: int | None = None, images_per_class: int | None = None, split: Split | None = None,
+               order: Tensor | None = None, augment_valid: bool = False, workers: int = 4, val_workers: int = 1,
+               decoder: str = "pillow", skip_unreadable: bool = False, needs_train: bool = True, rank: int = 0, world: int = 1,
                quiet: bool = False) -> Data:
     """Open a data set.
 
@@ -50,7 +50,8 @@ def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, bat
         image_size: 32, or 224 for `imagenet` and where a `folder` is to be cropped and scaled.
         batch_size: training images per process and step.
         use_valid: hold training images out; `valid_size` of them, drawn by `seed` unless `split` says which.
-        split: a saved hold-out split to use again; implies `use_valid`.
+        images_per_class: train on so many images of each class, drawn by `seed` from those that are not held out; None for all.
+        split: a saved split to use again, in place of the three arguments before.
         order: numbers of all training images in torchvision's order, the last `valid_size` of which are held out.
         augment_valid: read the hold-out with training augmentation, as the released code does.
         workers, val_workers: decoding processes for training and evaluation; images on the device need none.
@@ -95,9 +96,9 @@ def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, bat
             split.check(train_set.labels)
     elif order is not None and train_set:
         split = _split_of_order(order, train_set.labels, dataset, data_root, valid_size or DATASETS[dataset].valid_size)
-    elif use_valid and train_set:
-        size = valid_size or DATASETS[dataset].valid_size or len(train_set.labels) // 10
-        split = Split.draw(train_set.labels, size, seed)
+    elif (use_valid or images_per_class) and train_set:
+        size = (valid_size or DATASETS[dataset].valid_size or len(train_set.labels) // 10) if use_valid else 0
+        split = Split.draw(train_set.labels, size, seed, images_per_class)
     return Data(train_set, valid_set, test_set, class_names=class_names, num_classes=num_classes, image_size=image_size,
                 split=split, batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, rank=rank, world=world,
                 augment_valid=augment_valid)

@@ -22,8 +22,8 @@ from utils.evaluation.fast_form import load_teacher
 from utils.methods import build_method, require_one_process
 from utils.options.network import NetworkSpec
 from utils.runs.checkpoint import hash_weights
-from utils.runs.folder import claim, epochs_begun, find_run, start_run, stored_split
-from utils.runs.restore import build_model, describe
+from utils.runs.folder import claim, epochs_begun, find_run, start_run
+from utils.runs.restore import build_model, describe, stored_split
 from utils.training.fast_forward import training_forward
 from utils.training.optim import Schedule, build_optimizer
 from utils.training.start import introduce, load_start, require_same_flags, require_same_start
@@ -50,7 +50,8 @@ def train(args: Namespace, device: torch.device, signals: StopSignals) -> int:
 
         data = build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size,
                           batch_size=args.batch_size, device=device, seed=args.seed, use_valid=args.use_valid,
-                          valid_size=args.valid_size, split=stored_split(saved), augment_valid=args.paper_protocol,
+                          valid_size=args.valid_size, images_per_class=args.images_per_class, split=stored_split(saved),
+                          augment_valid=args.paper_protocol,
                           workers=args.workers, val_workers=args.val_workers, decoder=args.decoder,
                           skip_unreadable=args.skip_unreadable, rank=rank(), world=world_size())
         args.num_classes = data.num_classes

@@ -37,7 +37,8 @@ FLAGS = """
 --dataset --decay-rate --decoder
 --deterministic --device --dist_backend --distill_T --distill_weight --distributed --ensemble --ensemble_reweight
 --epochs --epsilon --evalmode --evaluate-from --flat_curve --gpu --grFactor --groups --growthRate --help --image_size
---images --include_final --learning-rate --local-rank --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones --max_drop
+--images --images_per_class --include_final --learning-rate
+--local-rank --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones --max_drop
 --meta_interval --meta_lr --meta_net_hidden_size --meta_net_input_type --meta_net_num_layers --meta_weight_decay
 --method --momentum --nBlocks --nChannels --new_classifier --optimizer --overlap --paper_protocol --policy --predictions
 --print-freq --prune --publish --reduction --result_dir --resume --runtime --save_every_minutes --save_suffix --scale-list --seed
@@ -49,7 +50,7 @@ DEFAULTS = dict(
     result_dir=None, tensorboard_dir=None, resume=False, checkpoint=None, checkpoint_key=None, new_classifier=False,
     seed=0, device="auto", gpu="0", threads=None, deterministic=False, print_freq=10, save_every_minutes=None,
     dataset="cifar100", data_root="data", image_size=32, num_classes=100, use_valid=False,
-    valid_size=5000, workers=4, val_workers=1, decoder="pillow", skip_unreadable=False,
+    valid_size=5000, images_per_class=None, workers=4, val_workers=1, decoder="pillow", skip_unreadable=False,
     arch="msdnet_ge", nBlocks=1, base=4, step=1, stepmode="even", nChannels=32, growthRate=6,
     grFactor=[1, 2, 4], bnFactor=[1, 2, 4], bottleneck=True, prune="max", reduction=0.5,
     block_step=2, scale_list=[1, 2, 3], compress_factor=0.25, bnAfter=True, method="boost", ensemble_reweight=[0.5],
@@ -376,8 +377,9 @@ def test_the_table_of_effects_is_of_all_flags():
                                           "confidence_level sweep flat_curve publish save_suffix".split())
     assert of_one_task[TRAINING] == set(
         "tensorboard_dir resume checkpoint new_classifier deterministic print_freq save_every_minutes epochs start_epoch "
-        "optimizer lr_f lr_type lr_milestones decay_rate momentum weight_decay amp channels_last compile cuda_graphs loss_equal "
-        "groups overlap include_final distill_weight distill_T teacher meta_net_hidden_size meta_net_num_layers "
+        "images_per_class optimizer lr_f lr_type lr_milestones decay_rate momentum weight_decay amp "
+        "channels_last compile cuda_graphs loss_equal groups overlap include_final distill_weight distill_T teacher "
+        "meta_net_hidden_size meta_net_num_layers "
         "meta_net_input_type constraint_dimension epsilon target_p_index meta_interval meta_lr meta_weight_decay".split())
     free = {name for name, effect in EFFECTS.items() if effect == {TRAINING: {}, EVALUATION: {}}}
     assert free == set("workers val_workers gpu distributed dist_backend local_rank bnAfter ensemble_reweight seed device "

@@ -12,6 +12,8 @@ import eval_cifar100
 import train_cifar100
 from dataloader import build_data
 from models import BoostedNet, MSDNet
+from utils.core.errors import STOPPED
+from utils.data.split import Split
 from utils.methods import Method
 from utils.plots import main as plots
 from utils.runs import checkpoint
@@ -192,6 +194,40 @@ def test_dynamic_evaluation_without_a_hold_out_stops(images, tmp_path, capsys):
     capsys.readouterr()
     message = tiny.one_line_error(capsys, lambda: _evaluate(images, tmp_path / "all", "--evalmode", "dynamic"))
     assert "--use-valid" in message and not list((tmp_path / "all").glob("dynamic*"))
+
+
+def test_a_run_on_some_images_of_each_class_keeps_its_list(images, tmp_path, capsys, monkeypatch):
+    command = tiny.command(images, tmp_path / "a", "--images_per_class", "9")
+    tiny.signal_at_step(monkeypatch, 4)
+    assert train_cifar100.main(command) == STOPPED
+    monkeypatch.undo()
+    monkeypatch.setattr(Split, "draw", None)   # what is saved is used again, nothing is drawn
+    assert train_cifar100.main([*command, "--resume"]) == 0
+    monkeypatch.undo()
+    split = Split.load(tmp_path / "a" / "split.pth")
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert (results["n_train"], results["split_hash"]) == (27, split.hash)
+    assert len(split.train_index) == 27 and len(split.valid_index) == 8
+    assert "27 of 48 training images of 3 classes, 8 held out" in (tmp_path / "a" / "train.log").read_text()
+    assert _evaluate(images, tmp_path / "a", "--evalmode", "dynamic") == 0
+    # Without a hold-out the list is kept too.
+    alone = tiny.command(images, tmp_path / "b", "--images_per_class", "9")
+    start = alone.index("--use-valid")
+    del alone[start:start + 3]   # with its --valid_size
+    assert train_cifar100.main(alone) == 0
+    assert len(Split.load(tmp_path / "b" / "split.pth").train_index) == 27
+    capsys.readouterr()
+    assert "this checkpoint knows of none" in tiny.one_line_error(
+        capsys, lambda: _evaluate(images, tmp_path / "b", "--evalmode", "dynamic"))
+    assert "without a hold-out" in tiny.one_line_error(
+        capsys, lambda: _evaluate(images, tmp_path / "b", "--evalmode", "dynamic", "--use-valid"))
+    # A network that was trained on more images, none of them held out here, may be gone on with.
+    more = ["--images_per_class", "5", "--checkpoint", str(tmp_path / "a" / "model_best.pth")]
+    assert train_cifar100.main(tiny.command(images, tmp_path / "c", *more)) == 0
+    capsys.readouterr()
+    too_many = tiny.command(images, tmp_path / "d", "--images_per_class", "17")
+    message = tiny.one_line_error(capsys, lambda: train_cifar100.main(too_many))
+    assert "images to train on, fewer than --images_per_class 17" in message
 
 
 def test_a_finished_run_is_not_overwritten(images, run, tmp_path, capsys):

@@ -184,8 +184,53 @@ def test_a_file_with_code_in_it_is_refused_and_a_missing_one_named(tmp_path):
     torch.save({**Split.draw(LABELS, 10, seed=0).to_dict(), "more": Split}, tmp_path / "split.pth")
     with pytest.raises(UserError, match="cannot be read as a hold-out split"):
         Split.load(tmp_path / "split.pth")
-    with pytest.raises(FileNotFoundError, match="training with --use-valid writes one"):
+    with pytest.raises(FileNotFoundError, match="training with --use-valid or --images_per_class writes one"):
         Split.load(tmp_path / "none.pth")
+
+
+def test_images_per_class_are_drawn_by_the_seed_from_those_not_held_out():
+    """Labels in the order of class folders. The numbers are frozen: runs know them."""
+    by_class = torch.arange(40) // 4
+    split = Split.draw(by_class, 10, seed=0, images_per_class=1)
+    assert torch.equal(split.valid_index, Split.draw(by_class, 10, seed=0).valid_index)
+    assert split.train_index.tolist() == [0, 5, 10, 14, 19, 21, 27, 30, 35, 37]
+    assert by_class[split.train_index].tolist() == list(range(10))
+    assert Split.draw(by_class, 10, seed=0, images_per_class=1).hash == split.hash
+    many = torch.arange(3000) % 3
+    few, more, other = (Split.draw(many, 300, seed, n) for n, seed in ((20, 5), (50, 5), (20, 6)))
+    assert torch.bincount(many[few.train_index]).tolist() == [20] * 3
+    assert torch.bincount(many[more.train_index]).tolist() == [50] * 3
+    assert set(few.train_index.tolist()) < set(more.train_index.tolist()) and not torch.equal(few.train_index, other.train_index)
+    assert not torch.isin(more.train_index, more.valid_index).any()
+    assert few.train_index.max() > 2000   # from the whole set
+
+
+def test_images_per_class_without_a_hold_out():
+    split = Split.draw(LABELS, 0, seed=0, images_per_class=3)
+    assert len(split.valid_index) == 0 and torch.bincount(LABELS[split.train_index]).tolist() == [3] * 4
+    with pytest.raises(UserError, match="between 1 and 39"):
+        Split.draw(LABELS, 0, seed=0)
+
+
+def test_a_class_with_too_few_images_is_named():
+    labels = torch.tensor([0] * 5 + [2] * 3 + [7] * 4)
+    assert len(Split.draw(labels, 0, seed=0, images_per_class=3).train_index) == 9
+    with pytest.raises(UserError, match="class 2 has 3 images to train on, fewer than --images_per_class 4"):
+        Split.draw(labels, 0, seed=0, images_per_class=4)
+    with pytest.raises(UserError, match="class . has . images to train on, fewer than --images_per_class 3"):
+        Split.draw(labels, 8, seed=0, images_per_class=3)
+
+
+def test_a_split_with_chosen_images_comes_back_and_has_a_hash_of_its_own(tmp_path):
+    whole, split = Split.draw(LABELS, 10, seed=3), Split.draw(LABELS, 10, seed=3, images_per_class=2)
+    split.save(tmp_path / "split.pth")
+    again = Split.load(tmp_path / "split.pth")
+    assert again.hash == split.hash != whole.hash and torch.equal(again.train_index, split.train_index)
+    assert split.holds_out_as(whole) and whole.holds_out_as(split) and not split.holds_out_as(None)
+    assert not split.holds_out_as(Split.draw(LABELS, 10, seed=4, images_per_class=2))
+    for change in (split.valid_index, split.chosen + 40, split.chosen.flip(0), split.chosen[:0], None, split.chosen[1:]):
+        with pytest.raises(UserError, match="damaged"):
+            Split.from_dict(split.to_dict() | {"chosen": change})
 
 
 def test_hashes_are_those_of_published_checkpoints():

@@ -70,7 +70,7 @@ class Data:
         class_names: what the labels 0, 1, ... stand for.
         num_classes: outputs a classifier needs; more than `class_names` where a folder has only some of the classes.
         image_size: height and width in pixels.
-        split: which training images are held out, or None.
+        split: which training images are held out and trained on; None for none and all.
         augment_valid: whether the hold-out is read with training augmentation.
         n_train, n_valid, n_test: number of images on all ranks together.
         labels_hash: of all training labels in file order; other data have another one. None without training images.
@@ -96,7 +96,8 @@ class Data:
 
     def __str__(self) -> str:
         held_out = f"{self.n_valid:,}" if self.n_valid else "none"
-        return (f"{self.n_train:,} training images of {len(self.class_names):,} classes, {held_out} held out, "
+        part = f" of {self.split.n_total:,}" if self.split and self.split.chosen is not None else ""
+        return (f"{self.n_train:,}{part} training images of {len(self.class_names):,} classes, {held_out} held out, "
                 f"{self.n_test:,} test images")
 
     def train(self, epoch: int, first_batch: int = 0) -> Batches:
@@ -115,7 +116,7 @@ class Data:
         Raises:
             UserError: when nothing is held out.
         """
-        if self.split is None:
+        if not self.n_valid:
             raise UserError("there is no hold-out set; train with --use-valid to keep images for choosing thresholds")
         if self._valid_set is None:
             raise UserError("there are no training images here, of which the hold-out is a part")

@@ -1,9 +1,9 @@
-"""The hold-out split: which training images are kept away from training, drawn once and then only ever reused."""
+"""The split: which training images are held out and which are trained on, drawn once and then only ever reused."""
 from __future__ import annotations
 
 import hashlib
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,42 +25,80 @@ def hash_labels(labels: Tensor) -> str:
     return hashlib.sha256(labels.cpu().to(torch.int64).numpy().astype("<i8").tobytes()).hexdigest()
 
 
+def _is_empty(index: object) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.int64 and index.shape == (0,)
+
+
+def _is_index(index: object, n_total: int) -> bool:
+    """Whether `index` is a rising list of at least one number below `n_total`."""
+    return (isinstance(index, Tensor) and index.layout == torch.strided and index.dtype == torch.int64 and index.ndim == 1
+            and len(index) > 0 and 0 <= int(index[0]) <= int(index[-1]) < n_total and not bool((index.diff() <= 0).any()))
+
+
+def _draw_per_class(labels: Tensor, candidates: Tensor, n_images: int, seed: int) -> Tensor:
+    """(classes * n_images,) int64, sorted: `n_images` of the `candidates` of each class in `labels`."""
+    classes = labels.unique()
+    counts = torch.bincount(labels[candidates], minlength=int(classes.max()) + 1)[classes]
+    if int(counts.min()) < n_images:
+        raise UserError(f"class {int(classes[counts.argmin()])} has {int(counts.min())} images to train on, fewer than "
+                        f"--images_per_class {n_images}; pass a smaller number")
+    order = torch.randperm(len(candidates), generator=seeded_generator("images_per_class", seed))
+    shuffled = candidates[order]
+    grouped = shuffled[labels[shuffled].argsort(stable=True)]   # class by class, at random within a class
+    starts = counts.cumsum(0) - counts
+    return grouped[(starts[:, None] + torch.arange(n_images)).flatten()].sort().values
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Which of `n_total` training images are held out.
+    """Which of `n_total` training images are held out, and which are trained on.
 
     Attributes:
-        valid_index: (n_valid,) int64, sorted; all other images are for training.
+        valid_index: (n_valid,) int64, sorted; empty only where `chosen` says what is trained on.
         n_total: number of images in the whole training set.
         seed: seed the split was drawn with.
         labels_hash: `hash_labels` of the whole training set.
+        chosen: (n_train,) int64, sorted: the images that are trained on; None for all that are not held out.
     """
 
     valid_index: Tensor
     n_total: int
     seed: int
     labels_hash: str
+    chosen: Tensor | None = None
 
     def __post_init__(self):
-        index = self.valid_index
-        well_formed = (isinstance(index, Tensor) and index.layout == torch.strided and index.dtype == torch.int64
-                       and index.ndim == 1 and len(index) > 0 and type(self.n_total) is int and type(self.seed) is int
-                       and isinstance(self.labels_hash, str) and self.labels_hash.isascii())
-        if not well_formed or not 0 <= int(index[0]) <= int(index[-1]) < self.n_total or bool((index.diff() <= 0).any()):
+        well_formed = (type(self.n_total) is int and type(self.seed) is int and isinstance(self.labels_hash, str)
+                       and self.labels_hash.isascii()
+                       and (_is_index(self.valid_index, self.n_total) or self.chosen is not None and _is_empty(self.valid_index))
+                       and (self.chosen is None or _is_index(self.chosen, self.n_total)))
+        if not well_formed:
             raise UserError("the hold-out split is damaged: its index is not a rising list of image numbers")
+        if self.chosen is not None and bool(torch.isin(self.chosen, self.valid_index, assume_unique=True).any()):
+            raise UserError("the hold-out split is damaged: images are both held out and trained on")
 
     @classmethod
-    def draw(cls, labels: Tensor, valid_size: int, seed: int) -> Split:
-        """Hold out `valid_size` images drawn without replacement.
+    def draw(cls, labels: Tensor, valid_size: int, seed: int, images_per_class: int | None = None) -> Split:
+        """Hold out `valid_size` images drawn without replacement; then, with `images_per_class`, draw what is trained on.
 
+        What is held out does not depend on `images_per_class`, and what is trained on with a smaller number is a part of what
+        is with a larger one.
+
+        Args:
+            valid_size: 0 only with `images_per_class`.
+            images_per_class: images of each class to train on, of those that are not held out; None for all of them.
         Raises:
-            UserError: when nothing would be left on one of the two sides.
+            UserError: when nothing would be left on one of the two sides, or a class has too few images.
         """
-        if not 0 < valid_size < len(labels):
+        if not (0 if images_per_class else 1) <= valid_size < len(labels):
             raise UserError(f"cannot hold {valid_size} of {len(labels)} training images out; "
                             f"pass --valid_size between 1 and {len(labels) - 1}")
         order = torch.randperm(len(labels), generator=seeded_generator("split", seed))
-        return cls(order[:valid_size].sort().values, len(labels), int(seed), hash_labels(labels))
+        split = cls(order[:valid_size].sort().values, len(labels), int(seed), hash_labels(labels),
+                    order[valid_size:].sort().values if images_per_class else None)
+        if images_per_class:
+            split = replace(split, chosen=_draw_per_class(labels, split.train_index, images_per_class, seed))
+        return split
 
     @classmethod
     def from_permutation(cls, labels: Tensor, order: Tensor, valid_size: int) -> Split:
@@ -79,7 +117,9 @@ class Split:
 
     @property
     def train_index(self) -> Tensor:
-        """(n_total - n_valid,) int64, sorted: the images that are trained on."""
+        """(n_train,) int64, sorted: the images that are trained on."""
+        if self.chosen is not None:
+            return self.chosen
         is_train = torch.ones(self.n_total, dtype=torch.bool)
         is_train[self.valid_index] = False
         return is_train.nonzero().squeeze(1)
@@ -89,7 +129,13 @@ class Split:
         """SHA-256 (hex) over everything the split says; equal hashes mean the same images of the same data."""
         digest = hashlib.sha256(f"{FORMAT} {self.n_total} {self.seed} {self.labels_hash}\n".encode())
         digest.update(self.valid_index.numpy().astype("<i8").tobytes())
+        if self.chosen is not None:
+            digest.update(b"\nchosen " + self.chosen.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def holds_out_as(self, other: Split | None) -> bool:
+        """Whether this split holds the same images of the same data out as `other`, whatever is trained on."""
+        return other is not None and replace(self, chosen=None).hash == replace(other, chosen=None).hash
 
     def check(self, labels: Tensor) -> None:
         """Raise UserError when this split was drawn from other data than `labels` (n_total,)."""
@@ -102,8 +148,9 @@ class Split:
 
     def to_dict(self) -> dict:
         """Plain types and one tensor, so that `torch.load(weights_only=True)` reads it back."""
+        chosen = {} if self.chosen is None else {"chosen": self.chosen}
         return {"format": FORMAT, "valid_index": self.valid_index, "n_total": self.n_total, "seed": self.seed,
-                "labels_hash": self.labels_hash, "hash": self.hash}
+                "labels_hash": self.labels_hash, **chosen, "hash": self.hash}
 
     @classmethod
     def from_dict(cls, saved: dict) -> Split:
@@ -113,7 +160,8 @@ class Split:
             UserError: when an entry is missing or the stored hash does not fit the content.
         """
         try:
-            content = saved["valid_index"].cpu(), int(saved["n_total"]), int(saved["seed"]), str(saved["labels_hash"])
+            chosen = saved["chosen"].cpu() if "chosen" in saved else None
+            content = saved["valid_index"].cpu(), int(saved["n_total"]), int(saved["seed"]), str(saved["labels_hash"]), chosen
             stored_hash = saved["hash"]
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"the hold-out split is damaged: {type(error).__name__} {error}") from error
@@ -135,7 +183,7 @@ class Split:
             UserError: when it is not a split.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no hold-out split there; training with --use-valid writes one")
+            raise FileNotFoundError(f"{path}: no split there; training with --use-valid or --images_per_class writes one")
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:

@@ -61,6 +61,7 @@ EFFECTS: dict[str, Effect] = {
     # Data.
     "use_valid": {TRAINING: {}, EVALUATION: {"evalmode": _LEAVING}},
     "valid_size": _both(use_valid=True),
+    "images_per_class": _training(),
     "decoder": _both(image_size=(224,)),
     "skip_unreadable": _both(image_size=(224,)),
     # Network.

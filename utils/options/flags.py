@@ -128,6 +128,8 @@ def _data_flags(parser: argparse.ArgumentParser, datasets: Sequence[str]) -> Non
         help="hold part of the training set out, for model choice and exit thresholds")
     add("--valid_size", type=count, metavar="N",
         help="images to hold out (default: 5000 of CIFAR, 50000 of ImageNet, 2000 of glyphs, a tenth of a folder)")
+    add("--images_per_class", type=count, metavar="N",
+        help="train on N images of each class, drawn by --seed from those that are not held out (default: all)")
     add("--workers", type=count_or_none, default=4, metavar="N",
         help="processes that load training images; 32-pixel data sets live on the device and use none "
              "(default: %(default)s)")

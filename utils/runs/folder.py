@@ -19,7 +19,6 @@ from utils.core.files import read_json, sweep, write_json
 from utils.core.lock import locked
 from utils.core.log import close_log, open_log
 from utils.core.machine import peak_memory, versions
-from utils.data.split import Split
 from utils.runs.checkpoint import BEST, LATEST, NAMES, PREVIOUS, TEST_BEST, load_latest
 from utils.runs.result_files import RESULTS
 
@@ -131,11 +130,6 @@ def finished(folder: Path, epochs: int) -> bool:
     if tested == epochs and distributed.is_main():
         logging.getLogger("boostnet").info("the run in %s is finished: nothing to do", folder)
     return tested == epochs
-
-
-def stored_split(saved: dict[str, Any] | None) -> Split | None:
-    """Hold-out split of a checkpoint."""
-    return Split.from_dict(saved["split"]) if saved and saved["split"] else None
 
 
 # Flags that say what a run begins with.

@@ -47,6 +47,11 @@ def describe(spec: NetworkSpec, model: BoostedNet, data, *, dataset: str, seed: 
             "labels_hash": data.labels_hash, "seed": seed}
 
 
+def stored_split(saved: dict[str, Any] | None) -> Split | None:
+    """The split of a checkpoint."""
+    return Split.from_dict(saved["split"]) if saved and saved["split"] else None
+
+
 def name_outputs(class_names: Sequence[str] | None, n_outputs: int) -> list[str]:
     """A name for every output of a classifier: those beyond the class folders that it was trained on are numbered."""
     named = list(class_names or [])
@@ -54,7 +59,7 @@ def name_outputs(class_names: Sequence[str] | None, n_outputs: int) -> list[str]
 
 
 def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
-    """Let a checkpoint decide what its network is, and return its hold-out split.
+    """Let a checkpoint decide what its network is, and return its split.
 
     A released checkpoint says nothing about itself; then the flags stand as they were given.
 
@@ -64,12 +69,13 @@ def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
     if "architecture" not in saved:
         return None
     NetworkSpec.from_checkpoint(saved, args.evaluate_from)
-    split = Split.from_dict(saved["split"]) if saved["split"] else None
+    split = stored_split(saved)
     stored = {**saved["architecture"], "dataset": saved["dataset"], "method": saved["method"],
               "trainable_ensemble": saved["trainable_ensemble"]}
     if "seed" in saved:
         stored["seed"] = saved["seed"]
-    if split:
+    holds_out = split is not None and len(split.valid_index) > 0
+    if holds_out:
         stored |= {"seed": split.seed, "valid_size": len(split.valid_index)}
     for name, value in stored.items():
         if name in args.explicit and getattr(args, name) != value:
@@ -77,8 +83,8 @@ def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
                             f"{_show(getattr(args, name))}; leave that flag out")
         setattr(args, name, value)
     _take_over_temperatures(args, saved["temperatures"])
-    if args.use_valid and split is None:
-        raise UserError(f"{args.evaluate_from} was trained on all training images; --use-valid does not fit it")
+    if args.use_valid and not holds_out:
+        raise UserError(f"{args.evaluate_from} was trained without a hold-out; --use-valid does not fit it")
     return split
 
 
@@ -146,7 +152,7 @@ def require_same_hold_out(saved: dict[str, Any], data, source: str) -> None:
     Raises:
         UserError: when its checkpoint (from `checkpoint.load`) has another hold-out split; a released one says nothing of it.
     """
-    if data.split and "split" in saved and (saved["split"] or {}).get("hash") != data.split.hash:
+    if data.n_valid and "split" in saved and not data.split.holds_out_as(stored_split(saved)):
         raise UserError(f"{source} was trained with another hold-out split, on images that this run holds out; train it with the "
                         "same --use-valid, --valid_size and --seed")
 
