@@ -14,10 +14,10 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from utils.options.catalog import ANYTIME_NETWORKS, DATASETS, METHODS, title_of
+from utils.options.catalog import ANYTIME_NETWORKS, DATASETS, LEAST_SIDE, METHODS, stem_for, title_of
 from utils.options.effects import EVALUATION, TRAINING, without_effect
-from utils.options.flags import FREE_ON_RESUME, IMAGE_SIZES, Milliseconds, build_parser
-from utils.options.network import MAX_LAYERS, NETWORK, NetworkSpec, is_msdnet, n_layers
+from utils.options.flags import FREE_ON_RESUME, Milliseconds, build_parser
+from utils.options.network import MAX_LAYERS, NETWORK, NetworkSpec, is_msdnet, n_layers, stem_of
 from utils.options.parser import shown
 
 # What a script cannot do without.
@@ -56,7 +56,9 @@ def _fill_in(args: Namespace) -> None:
     dataset = DATASETS[args.dataset]
     args.num_classes = dataset.num_classes
     if args.image_size is None:
-        args.image_size = dataset.image_size or IMAGE_SIZES[0]
+        args.image_size = dataset.image_size or LEAST_SIDE
+    if args.stem is None:
+        args.stem = stem_for(args.image_size)
     if args.valid_size is None:
         args.valid_size = dataset.valid_size
     for name, value in METHODS[args.method].defaults.items():
@@ -80,6 +82,8 @@ def _mistake(args: Namespace) -> str | None:
     if dataset.image_size not in (None, args.image_size):
         return (f"argument --image_size: {args.dataset} has images of {dataset.image_size} pixels, got {args.image_size}; only "
                 "--dataset folder leaves the choice")
+    if args.dataset == "imagenet" and args.stem != "large":
+        return f"argument --stem: images of imagenet are scaled and cropped, which goes with large, got {args.stem}"
     if dataset.n_train and args.valid_size >= dataset.n_train:
         return (f"argument --valid_size: {args.valid_size} leaves nothing to train on: {args.dataset} has {dataset.n_train} "
                 "images")
@@ -123,8 +127,8 @@ def _mistake(args: Namespace) -> str | None:
 
 
 def _chooses_no_network(args: Namespace) -> bool:
-    """Whether nothing is said about the network, or only its family."""
-    return args.explicit.isdisjoint(set(NETWORK) - {"arch"})
+    """Whether nothing is said about the network, or only its family and its first layer."""
+    return args.explicit.isdisjoint(set(NETWORK) - {"arch", "stem"})
 
 
 def _no_network(args: Namespace) -> str | None:
@@ -156,7 +160,7 @@ def _no_network(args: Namespace) -> str | None:
 
 
 def choose_network(args: Namespace, before: dict[str, Any] | None = None) -> str | None:
-    """Where no flag says what the network is, or --arch alone, take the one of the run that goes on, else the paper's.
+    """Where no flag says what the network is, or --arch and --stem alone, take the one of the run that goes on, else the paper's.
 
     Ends the program (one line, exit code 2) if the other flags do not fit it.
 
@@ -170,9 +174,10 @@ def choose_network(args: Namespace, before: dict[str, Any] | None = None) -> str
     parser = build_parser()
     defaults = parser.defaults()
     if before:
+        before = {"stem": args.stem, **before}   # a run from before there was a choice has the one of its image size
         chosen, note = {name: before.get(name, defaults[name]) for name in NETWORK if name not in args.explicit}, None
     else:
-        chosen = ANYTIME_NETWORKS["msdnet" if is_msdnet(args) else "ranet", args.image_size]
+        chosen = ANYTIME_NETWORKS["msdnet" if is_msdnet(args) else "ranet", args.stem]
         flags = " ".join(f"{parser.spelling(name)} {'-'.join(map(str, value)) if isinstance(value, list) else value}"
                          for name, value in chosen.items())
         note = f"no flag of the network is given: taking the paper's for {title_of(args.dataset)}, --arch {args.arch} {flags}"
@@ -203,6 +208,7 @@ def require_unchanged(args: Namespace, before: dict[str, Any], epochs_begun: int
     if before.get("on_nan", "stop") != "stop":
         parser.error(f"--resume: the run in {args.result_dir} leaves bad steps out (--on_nan {before['on_nan']}), which only "
                      "version 0.1 can do; resume it with that version")
+    before = {"stem": stem_of(before), **before}
     changed = []
     for name, default in parser.defaults().items():
         now, then = getattr(args, name), before.get(name, default)

@@ -40,11 +40,11 @@ def measure_model(model: nn.Module, height: int, width: int) -> tuple[list[int],
 
 
 def _count(totals: dict[str, int], module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    totals["macs"] += _macs(module, output)
+    totals["macs"] += _macs(module, inputs[0], output)
     totals["params"] += sum(p.numel() for p in module.parameters())
 
 
-def _macs(module: nn.Module, output: Tensor) -> int:
+def _macs(module: nn.Module, x: Tensor, output: Tensor) -> int:
     if isinstance(module, nn.Conv2d):
         return output.numel() * (module.in_channels // module.groups) * module.kernel_size[0] * module.kernel_size[1]
     if isinstance(module, nn.Linear):
@@ -54,4 +54,6 @@ def _macs(module: nn.Module, output: Tensor) -> int:
     if isinstance(module, (nn.AvgPool2d, nn.MaxPool2d)):
         kernel = module.kernel_size
         return output.numel() * (kernel * kernel if isinstance(kernel, int) else kernel[0] * kernel[1])
+    if isinstance(module, nn.AdaptiveAvgPool2d):
+        return x.numel()   # its windows cover the map
     return 0

@@ -23,7 +23,7 @@ __all__ = ["AveragedNet", "BoostedNet", "CollaborativeNet", "MSDNet", "RANet", "
 FLAGS = {
     "n_blocks": "--nBlocks", "n_channels": "--nChannels", "step": "--step", "step_mode": "--stepmode",
     "growth_rate": "--growthRate", "gr_factor": "--grFactor", "bn_factor": "--bnFactor", "reduction": "--reduction",
-    "bottleneck": "--bottleneck", "image_size": "--image_size", "base": "--base", "prune": "--prune",
+    "bottleneck": "--bottleneck", "image_size": "--image_size", "stem": "--stem", "base": "--base", "prune": "--prune",
     "block_step": "--block-step", "scale_list": "--scale-list", "compress_factor": "--compress-factor",
 }
 MSDNET_ONLY, RANET_ONLY = {"base", "prune"}, {"block_step", "scale_list", "compress_factor"}

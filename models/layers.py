@@ -11,6 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.options.catalog import LEAST_SIDE, STEMS, stem_for
+
+# Side of the map that a classifier reads in the paper's networks, by first layer and side of the images.
+PAPER_MAPS = {("small", 32): 8, ("large", 224): 7}
+LEAST_MAP = 3   # that can be halved twice
+
 
 class _ScaleGradient(torch.autograd.Function):
     """Identity whose gradient is multiplied by a constant. Nothing is saved for the backward pass but the factor."""
@@ -98,13 +104,13 @@ class Stem(nn.Module):
     Args:
         widths: channels per scale, finest first.
         strides: stride from scale i-1 to scale i, one less than there are widths.
-        image_size: 32 (3x3 convolution) or 224 (7x7 convolution with stride 2, then max pooling with stride 2).
+        kind: "small" (3x3 convolution) or "large" (7x7 convolution with stride 2, then max pooling with stride 2).
     """
 
-    def __init__(self, widths: list[int], strides: list[int], image_size: int) -> None:
+    def __init__(self, widths: list[int], strides: list[int], kind: str) -> None:
         super().__init__()
         first: nn.Module = ConvBNReLU(3, widths[0])
-        if image_size == 224:
+        if kind == "large":
             first = nn.Sequential(nn.Conv2d(3, widths[0], 7, stride=2, padding=3), nn.BatchNorm2d(widths[0]),
                                   nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1))
         self.layers = nn.ModuleList([first])
@@ -120,15 +126,17 @@ class Stem(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Two 3x3 convolutions with stride 2, average pooling and a linear layer, on an 8x8 or 7x7 map.
+    """Two 3x3 convolutions with stride 2, average pooling and a linear layer.
 
-    The convolutions have 128 channels for 32-pixel images and keep the width of their input for 224-pixel ones.
+    The convolutions have 128 channels behind a small first layer and keep the width of their input behind a large one. They make
+    a 2x2 map of the 8x8 or 7x7 one of the paper's networks; for images of other sizes the mean is over the whole map.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, image_size: int) -> None:
+    def __init__(self, in_channels: int, num_classes: int, image_size: int, stem: str) -> None:
         super().__init__()
-        width = 128 if image_size == 32 else in_channels
-        self.m = nn.Sequential(ConvBNReLU(in_channels, width, stride=2), ConvBNReLU(width, width, stride=2), nn.AvgPool2d(2))
+        width = 128 if stem == "small" else in_channels
+        pooling = nn.AvgPool2d(2) if (stem, image_size) in PAPER_MAPS else nn.AdaptiveAvgPool2d(1)
+        self.m = nn.Sequential(ConvBNReLU(in_channels, width, stride=2), ConvBNReLU(width, width, stride=2), pooling)
         self.linear = nn.Linear(width, num_classes)
 
     def pool(self, x: Tensor) -> Tensor:
@@ -165,15 +173,39 @@ class Backbone(nn.Module):
         return logits
 
 
-def map_sizes(image_size: int) -> tuple[int, int]:
-    """Sides of the first layer's finest map and of the map that a classifier reads.
+def choose_stem(image_size: int, stem: str | None) -> str:
+    """The first layer of a network for images of this side; `stem` where it says which.
 
     Raises:
-        ValueError: for an image size the networks are not defined for.
+        ValueError: for images that are too small, or another name than those of `STEMS`.
     """
-    if image_size not in (32, 224):
-        raise ValueError(f"image_size is {image_size}; the networks are defined for 32 and 224")
-    return (32, 8) if image_size == 32 else (56, 7)
+    if not isinstance(image_size, int) or image_size < LEAST_SIDE:
+        raise ValueError(f"image_size is {image_size}; it takes whole numbers of at least {LEAST_SIDE}")
+    check_choice("stem", stem or stem_for(image_size), tuple(STEMS))
+    return stem or stem_for(image_size)
+
+
+def finest_side(image_size: int, stem: str) -> int:
+    """Side of the finest map that the first layer makes."""
+    return halved(halved(image_size)) if stem == "large" else image_size
+
+
+def halved(side: int) -> int:
+    """Side of the map that a layer with stride 2 makes of one of `side`."""
+    return (side + 1) // 2
+
+
+def check_map(side: int, image_size: int, stem: str, place: str, remedy: str) -> None:
+    """Raise ValueError for a map of `side` that is too small for a classifier.
+
+    Args:
+        place: where the map is, in words, for the message.
+        remedy: keywords to change.
+    """
+    if side < LEAST_MAP:
+        others = " or stem small" if stem == "large" else ""
+        raise ValueError(f"{place} of {image_size}-pixel images with stem {stem} end in a {side}x{side} map, which classifiers "
+                         f"cannot halve twice; give {remedy}, or a larger image_size{others}")
 
 
 def check_positive(**values: int | list[int]) -> None:

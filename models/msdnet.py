@@ -7,15 +7,19 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from models.layers import (
+    PAPER_MAPS,
     Backbone,
     Bottleneck,
     Classifier,
     ConvBNReLU,
     Stem,
     check_choice,
+    check_map,
     check_positive,
+    choose_stem,
     concatenate,
-    map_sizes,
+    finest_side,
+    halved,
     rescale_at_exit,
 )
 
@@ -87,7 +91,8 @@ class MSDNet(Backbone):
         prune: "max" drops the finest scale at equal intervals, "min" keeps only what later layers still need.
         reduction: factor of the channel base at a transition.
         bottleneck: 1x1 convolutions in front of the 3x3 ones.
-        num_classes, image_size: classes; 32 or 224 pixels.
+        num_classes, image_size: classes; side of the images in pixels, from 32 on.
+        stem: first layer, "small" or "large"; default: large for images from 97 pixels on.
         rescale_gradients: gradient rescaling at every exit (backward pass only).
     Raises:
         ValueError: on values that do not describe a network.
@@ -96,7 +101,7 @@ class MSDNet(Backbone):
     def __init__(self, *, n_blocks: int, n_channels: int = 32, base: int = 4, step: int = 1, step_mode: str = "even",
                  growth_rate: int = 6, gr_factor: Sequence[int] = (1, 2, 4), bn_factor: Sequence[int] = (1, 2, 4),
                  prune: str = "max", reduction: float = 0.5, bottleneck: bool = True, num_classes: int = 100,
-                 image_size: int = 32, rescale_gradients: bool = False) -> None:
+                 image_size: int = 32, stem: str | None = None, rescale_gradients: bool = False) -> None:
         super().__init__()
         gr_factor, bn_factor = list(gr_factor), list(bn_factor)
         check_positive(n_blocks=n_blocks, n_channels=n_channels, base=base, step=step, growth_rate=growth_rate,
@@ -110,7 +115,8 @@ class MSDNet(Backbone):
         if odd:
             raise ValueError(f"growth_rate {growth_rate} with gr_factor {gr_factor} gives the odd width {odd[0]}; "
                              "all but the finest scale split their growth in two equal halves")
-        self._check_map_size(n_scales, image_size)
+        stem = choose_stem(image_size, stem)
+        self._check_map_size(n_scales, image_size, stem)
         self.rescale_gradients = rescale_gradients
         n_layers = [base, *(step if step_mode == "even" else step * i + 1 for i in range(1, n_blocks))]
         total = sum(n_layers)
@@ -118,11 +124,11 @@ class MSDNet(Backbone):
             raise ValueError(f"prune min needs at least {n_scales - 1} layers for {n_scales} scales; n_blocks, base and step "
                              f"make {total}")
 
-        stem = Stem([n_channels * f for f in gr_factor], [2] * (n_scales - 1), image_size)
+        first = Stem([n_channels * f for f in gr_factor], [2] * (n_scales - 1), stem)
         self.blocks, self.classifier = nn.ModuleList(), nn.ModuleList()
         width = n_channels
         for block in range(n_blocks):
-            modules: list[nn.Module] = [stem] if block == 0 else []
+            modules: list[nn.Module] = [first] if block == 0 else []
             for layer in range(sum(n_layers[:block]) + 1, sum(n_layers[:block + 1]) + 1):
                 n_in, n_out = _scales(layer, total, n_scales, prune)
                 modules.append(MSDLayer(width, growth_rate, gr_factor, bn_factor, n_in, n_out, bottleneck=bottleneck))
@@ -134,13 +140,17 @@ class MSDNet(Backbone):
                     modules.append(Transition(width, reduced, gr_factor[n_scales - n_out:]))
                     width = reduced
             self.blocks.append(nn.Sequential(*modules))
-            self.classifier.append(Classifier(width * gr_factor[-1], num_classes, image_size))
+            self.classifier.append(Classifier(width * gr_factor[-1], num_classes, image_size, stem))
 
     @staticmethod
-    def _check_map_size(n_scales: int, image_size: int) -> None:
-        finest, needed = map_sizes(image_size)
-        side = finest // 2 ** (n_scales - 1)
-        if side != needed:
+    def _check_map_size(n_scales: int, image_size: int, stem: str) -> None:
+        side = finest = finest_side(image_size, stem)
+        for _ in range(n_scales - 1):
+            side = halved(side)
+        needed = PAPER_MAPS.get((stem, image_size))
+        if needed is None:
+            check_map(side, image_size, stem, f"{n_scales} scales", "fewer entries of gr_factor and bn_factor")
+        elif side != needed:
             raise ValueError(f"{n_scales} scales end in a {side}x{side} map; classifiers for {image_size}-pixel images read "
                              f"{needed}x{needed}, which takes {1 + (finest // needed).bit_length() - 1} scales, each with an "
                              "entry of gr_factor and bn_factor")

@@ -8,15 +8,19 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from models.layers import (
+    PAPER_MAPS,
     Backbone,
     Bottleneck,
     Classifier,
     ConvBNReLU,
     Stem,
     check_choice,
+    check_map,
     check_positive,
+    choose_stem,
     concatenate,
-    map_sizes,
+    finest_side,
+    halved,
     rescale_at_exit,
     resize_like,
 )
@@ -131,17 +135,19 @@ class RANet(Backbone):
         bn_factor: bottleneck factor per sub-network.
         compress_factor: share of the growth that a fusion block takes from the coarser sub-network.
         reduction: factor of the width at a transition.
-        num_classes, image_size: classes; 32 or 224 pixels.
+        num_classes, image_size: classes; side of the images in pixels, from 32 on.
+        stem: first layer, "small" or "large"; default: large for images from 97 pixels on.
         rescale_gradients: gradient rescaling at every exit (backward pass only).
     Raises:
-        ValueError: on values that do not describe a network, or whose classifiers would not read 8x8 (7x7) maps.
+        ValueError: on values that do not describe a network, or whose classifiers would not all read maps of one size, which is
+            8x8 for 32 pixels and 7x7 for 224.
     """
 
     def __init__(self, *, n_blocks: int, block_step: int = 2, step: int = 1, step_mode: str = "even",
                  scale_list: Sequence[int] = (1, 2, 3), n_channels: int = 32, growth_rate: int = 6,
                  gr_factor: Sequence[int] = (1, 2, 4), bn_factor: Sequence[int] = (1, 2, 4), compress_factor: float = 0.25,
                  reduction: float = 0.5, bottleneck: bool = True, num_classes: int = 100, image_size: int = 32,
-                 rescale_gradients: bool = False) -> None:
+                 stem: str | None = None, rescale_gradients: bool = False) -> None:
         super().__init__()
         scale_list, gr_factor, bn_factor = list(scale_list), list(gr_factor), list(bn_factor)
         check_positive(n_blocks=n_blocks, block_step=block_step, step=step, n_channels=n_channels, growth_rate=growth_rate,
@@ -153,7 +159,8 @@ class RANet(Backbone):
                              "give one of each per sub-network")
         self.rescale_gradients = rescale_gradients
         blocks_of = [n_blocks + block_step * s for s in range(n_subnets)]
-        self._check_map_sizes(scale_list, blocks_of, image_size)
+        stem = choose_stem(image_size, stem)
+        self._check_map_sizes(scale_list, blocks_of, image_size, stem)
 
         self.scale_flows, self.classifier = nn.ModuleList(), nn.ModuleList()
         coarser: list[Block] = []
@@ -174,27 +181,30 @@ class RANet(Backbone):
                 width = blocks[-1].out_width
                 if not fuses:
                     self._steps.append((s, range(0 if i == n_fusion + 1 else i - 1, i)))
-                    self.classifier.append(Classifier(width, num_classes, image_size))
+                    self.classifier.append(Classifier(width, num_classes, image_size, stem))
             self.scale_flows.append(nn.ModuleList(blocks))
             coarser = blocks
         self._initialise()
         # After the initialisation: the first layer keeps PyTorch's own, as in the released networks.
         self.FirstLayer = Stem([n_channels * f for f in reversed(gr_factor)],
                                [1 if a == b else 2 for a, b in zip(scale_list[:0:-1], scale_list[-2::-1])],
-                               image_size)
+                               stem)
 
     @staticmethod
-    def _check_map_sizes(scale_list: list[int], blocks_of: list[int], image_size: int) -> None:
-        side, needed = map_sizes(image_size)
-        for s in reversed(range(len(scale_list))):
+    def _check_map_sizes(scale_list: list[int], blocks_of: list[int], image_size: int, stem: str) -> None:
+        starts = [finest_side(image_size, stem)]   # sides of the maps that the sub-networks begin with, finest first
+        for finer, coarser in zip(scale_list[:0:-1], scale_list[-2::-1]):
+            starts.append(starts[-1] if finer == coarser else halved(starts[-1]))
+        needed = PAPER_MAPS.get((stem, image_size), starts[-1])
+        for s, side in zip(reversed(range(len(scale_list))), starts):
             n_fusion = blocks_of[s - 1] if s else 0
-            downs = sum(1 <= i <= n_fusion for i in _down_sampling_blocks(s, scale_list[s], blocks_of))
-            if side / 2 ** downs != needed:
-                found = f"{side / 2 ** downs:g}x{side / 2 ** downs:g}"
-                raise ValueError(f"scale_list {'-'.join(map(str, scale_list))} leads sub-network {s + 1} to a {found} map; "
+            for _ in _down_sampling_blocks(s, scale_list[s], blocks_of) & set(range(1, n_fusion + 1)):
+                side = halved(side)
+            if side != needed:
+                raise ValueError(f"scale_list {'-'.join(map(str, scale_list))} leads sub-network {s + 1} to a {side}x{side} map; "
                                  f"classifiers for {image_size}-pixel images read {needed}x{needed}")
-            if s and scale_list[s] != scale_list[s - 1]:
-                side //= 2
+        check_map(needed, image_size, stem, f"{len(scale_list)} sub-networks",
+                  "fewer entries of scale_list, gr_factor and bn_factor")
 
     def _initialise(self) -> None:
         for module in self.modules():

@@ -42,14 +42,14 @@ FLAGS = """
 --meta_interval --meta_lr --meta_net_hidden_size --meta_net_input_type --meta_net_num_layers --meta_weight_decay
 --method --momentum --nBlocks --nChannels --new_classifier --optimizer --overlap --paper_protocol --policy --predictions
 --print-freq --prune --publish --reduction --result_dir --resume --runtime --save_every_minutes --save_suffix --scale-list --seed
---skip_unreadable --start-epoch --step --stepmode --sweep --target_p_index --teacher --tensorboard_dir --threads
+--skip_unreadable --start-epoch --stem --step --stepmode --sweep --target_p_index --teacher --tensorboard_dir --threads
 --thresholds --trainable_ensemble --use-valid --val_workers --valid_size --wd --weight-decay --workers -h -p
 """
 
 DEFAULTS = dict(
     result_dir=None, tensorboard_dir=None, resume=False, checkpoint=None, checkpoint_key=None, new_classifier=False,
     seed=0, device="auto", gpu="0", threads=None, deterministic=False, print_freq=10, save_every_minutes=None,
-    dataset="cifar100", data_root="data", image_size=32, num_classes=100, use_valid=False,
+    dataset="cifar100", data_root="data", image_size=32, stem="small", num_classes=100, use_valid=False,
     valid_size=5000, images_per_class=None, workers=4, val_workers=1, decoder="pillow", skip_unreadable=False,
     arch="msdnet_ge", nBlocks=1, base=4, step=1, stepmode="even", nChannels=32, growthRate=6,
     grFactor=[1, 2, 4], bnFactor=[1, 2, 4], bottleneck=True, prune="max", reduction=0.5,
@@ -131,7 +131,12 @@ MISTAKES = [
     ("--checkpoint=", "--checkpoint"),
     ("--evaluate-from=", "--evaluate-from"),
     # Data.
-    ("--dataset folder --image_size 64", "--image_size"),
+    ("--dataset folder --image_size 31", "--image_size"),
+    ("--dataset folder --image_size 5000", "--image_size"),
+    ("--dataset imagenet --stem small", "--stem"),
+    ("--dataset folder --stem medium", "--stem"),
+    ("--dataset folder --image_size 64 --decoder torchcodec", "--stem"),
+    ("--dataset folder --image_size 96 --stem small --skip_unreadable", "--stem"),
     ("--dataset cifar100 --image_size 224", "--image_size"),
     ("--dataset imagenet --decoder nvjpeg", "--decoder"),
     ("--dataset cifar100 --decoder torchcodec", "--decoder"),
@@ -149,6 +154,12 @@ MISTAKES = [
     ("--dataset imagenet --arch msdnet --nBlocks 5", "--grFactor"),
     ("--arch ranet --dataset imagenet --nBlocks 2", "--scale-list"),
     ("--grFactor 1-1-1 --growthRate 5", "--grFactor"),
+    ("--dataset folder --image_size 64 --nBlocks 2 --grFactor 1-1-1-1-1-1 --bnFactor 1-1-1-1-1-1", "--image_size"),
+    ("--dataset folder --image_size 64 --nBlocks 2 --grFactor 1-1-1-1-1-1 --bnFactor 1-1-1-1-1-1", "--bnFactor"),
+    ("--nBlocks 2 --stem large --grFactor 1-1-1 --bnFactor 1-1-1", "--stem"),
+    ("--dataset folder --image_size 33 --arch ranet --scale-list 1-2-3-4-5-6 --grFactor 1-1-1-1-1-1 --bnFactor 1-1-1-1-1-1",
+     "--scale-list"),
+    ("--dataset folder --image_size 48 --arch ranet --scale-list 2-2-3", "--scale-list"),
     ("--arch ranet --scale-list 1-2", "--scale-list"),
     ("--arch ranet --scale-list 2-2-3", "--scale-list"),
     ("--arch ranet --scale-list 1-3-2", "--scale-list"),
@@ -384,7 +395,7 @@ def test_the_table_of_effects_is_of_all_flags():
     free = {name for name, effect in EFFECTS.items() if effect == {TRAINING: {}, EVALUATION: {}}}
     assert free == set("workers val_workers gpu distributed dist_backend local_rank bnAfter ensemble_reweight seed device "
                        "threads dataset data_root image_size batch_size method arch nBlocks step stepmode nChannels growthRate "
-                       "grFactor reduction bottleneck".split())
+                       "grFactor reduction bottleneck stem".split())
 
 
 @pytest.mark.parametrize("task", [TRAINING, EVALUATION])
@@ -425,7 +436,7 @@ def test_what_old_command_lines_and_the_scripts_always_pass_is_accepted_without_
 
 def test_what_a_file_settles_is_judged_when_it_has_been_read(capsys):
     args = parse_args("--evaluate-from a.pth --decoder torchcodec --base 4".split(), task="evaluation")
-    args.image_size = 224
+    args.dataset, args.image_size, args.stem = "folder", 224, "large"
     require_effect(args)
     args.arch = "ranet"
     assert "--base: has no effect with --arch ranet" in refused(capsys, require_effect, args)
@@ -433,7 +444,9 @@ def test_what_a_file_settles_is_judged_when_it_has_been_read(capsys):
 
 def test_the_decoder_of_small_images_in_a_file_is_refused(capsys):
     args = parse_args("--evaluate-from a.pth --decoder torchcodec".split(), task="evaluation")
-    assert "--decoder: has no effect with --image_size 32" in refused(capsys, require_effect, args)
+    assert "--decoder: has no effect with --dataset cifar100" in refused(capsys, require_effect, args)
+    args.dataset = "folder"
+    assert "--decoder: has no effect with --stem small" in refused(capsys, require_effect, args)
 
 
 def test_a_message_stays_one_line_when_the_value_has_a_line_break(capsys):

@@ -22,7 +22,7 @@ ALLOWED = {
     "core": CORE, "options": OPTIONS, "data": DATA, "runs": RUNS | {"models"},
     "methods": RUNS | PURE | {"models", "methods"}, "evaluation": EVALUATION, "reports": RUNS | PURE | {"reports"},
     "training": TRAINING, "benchmarks": PROGRAMS | {"args", "dataloader"}, "programs": PROGRAMS | {"args", "dataloader"},
-    "models": {"models"}, "op_counter": set(), "adaptive_inference": EVALUATION, "args": OPTIONS | {"models"},
+    "models": {"models", "options"}, "op_counter": set(), "adaptive_inference": EVALUATION, "args": OPTIONS | {"models"},
     "dataloader": DATA, "scripts": PROGRAMS | {"args", "dataloader", "scripts"},
 }
 SCRIPTS = {"train_cifar100", "train_imagenet", "eval_cifar100", "eval_imagenet"}

@@ -32,6 +32,24 @@ DATASETS = {
     "glyphs": DataSet("glyphs (synthetic images)", 36, 32, 20_000, 2_000),
     "folder": DataSet("own images", None, None, None, None),
 }
+CROPPED = ("imagenet", "folder")   # those that may have images of any size
+
+
+# First layer of a network -> side in pixels of the images that the paper has it for. small: a 3x3 convolution; large: a 7x7
+# convolution with stride 2 and max pooling with stride 2.
+STEMS = {"small": 32, "large": 224}
+LARGE_FROM = 97   # side from which the large one is taken where nothing else is said
+LEAST_SIDE, LARGEST_SIDE = 32, 4096
+
+
+def stem_for(image_size: int) -> str:
+    """First layer of a network for images of this side where nobody chooses another one."""
+    return "large" if image_size >= LARGE_FROM else "small"
+
+
+def is_cropped(dataset: str, stem: str) -> bool:
+    """Whether images are scaled and cropped to their side; all others have to be of that side and are held in memory."""
+    return stem == "large" and dataset in CROPPED
 
 
 def title_of(dataset: str) -> str:
@@ -91,15 +109,15 @@ ARCHITECTURES = {"msdnet": "MSDNet without rescaling", "msdnet_ge": "MSDNet", "r
 TEMPERATURE = 0.5   # of every exit, in the paper
 METHOD_ALIASES = {"conventional": "joint"}
 
-# The networks of the paper for anytime prediction, by family and side of the images, as far as their flags differ from the
-# defaults.
+# The networks of the paper for anytime prediction, by family and first layer, as far as their flags differ from the defaults.
 ANYTIME_NETWORKS = {
-    ("msdnet", 32): {"nBlocks": 10, "step": 2, "nChannels": 16},
-    ("msdnet", 224): {"nBlocks": 5, "base": 7, "step": 7, "growthRate": 16, "grFactor": [1, 2, 4, 4], "bnFactor": [1, 2, 4, 4]},
-    ("ranet", 32): {"nBlocks": 2, "step": 4, "nChannels": 16, "scale_list": [1, 2, 3, 3], "grFactor": [4, 2, 1, 1],
-                    "bnFactor": [4, 2, 1, 1]},
-    ("ranet", 224): {"nBlocks": 2, "step": 8, "nChannels": 64, "growthRate": 16, "scale_list": [1, 2, 3, 4],
-                     "grFactor": [4, 2, 2, 1], "bnFactor": [4, 2, 2, 1]},
+    ("msdnet", "small"): {"nBlocks": 10, "step": 2, "nChannels": 16},
+    ("msdnet", "large"): {"nBlocks": 5, "base": 7, "step": 7, "growthRate": 16, "grFactor": [1, 2, 4, 4],
+                          "bnFactor": [1, 2, 4, 4]},
+    ("ranet", "small"): {"nBlocks": 2, "step": 4, "nChannels": 16, "scale_list": [1, 2, 3, 3], "grFactor": [4, 2, 1, 1],
+                         "bnFactor": [4, 2, 1, 1]},
+    ("ranet", "large"): {"nBlocks": 2, "step": 8, "nChannels": 64, "growthRate": 16, "scale_list": [1, 2, 3, 4],
+                         "grFactor": [4, 2, 2, 1], "bnFactor": [4, 2, 2, 1]},
 }
 
 # Choices of flags, and what titles and legends call those that are not the usual ones.

@@ -4,7 +4,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from utils.options.catalog import ARCHITECTURES, METHODS
+from utils.options.catalog import ARCHITECTURES, CROPPED, METHODS
 from utils.options.network import NETWORK
 from utils.options.parser import OneLineParser
 
@@ -62,8 +62,8 @@ EFFECTS: dict[str, Effect] = {
     "use_valid": {TRAINING: {}, EVALUATION: {"evalmode": _LEAVING}},
     "valid_size": _both(use_valid=True),
     "images_per_class": _training(),
-    "decoder": _both(image_size=(224,)),
-    "skip_unreadable": _both(image_size=(224,)),
+    "decoder": _both(dataset=CROPPED, stem=("large",)),
+    "skip_unreadable": _both(dataset=CROPPED, stem=("large",)),
     # Network.
     **dict.fromkeys(("base", "prune"), _both(arch=_MSDNETS)),
     **dict.fromkeys(("block_step", "scale_list", "compress_factor"), _both(arch=_RANETS)),

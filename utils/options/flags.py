@@ -12,15 +12,17 @@ from utils.options.catalog import (
     DATASETS,
     DECODERS,
     ENSEMBLES,
+    LARGE_FROM,
+    LARGEST_SIDE,
+    LEAST_SIDE,
     METHOD_ALIASES,
     METHODS,
     POLICIES,
     RUNTIMES,
+    STEMS,
     THRESHOLDS,
 )
 from utils.options.parser import OneLineParser, list_of, number, path, true_false, whole, within, written_path
-
-IMAGE_SIZES = (32, 224)
 
 # What a resumed run may be told anew: where it runs, what it shows, how it meets trouble, and what only evaluation reads. All
 # other flags make the model, the data or the schedule; --epochs has a rule of its own.
@@ -122,8 +124,9 @@ def _data_flags(parser: argparse.ArgumentParser, datasets: Sequence[str]) -> Non
         help="glyphs is synthetic and needs no files; folder is DATA_ROOT/{train,test}/CLASS/IMAGE "
              "(default: %(default)s)")
     add("--data-root", type=path, default="data", metavar="DIR", help="folder of the data set (default: %(default)s)")
-    add("--image_size", type=whole, choices=IMAGE_SIZES, metavar="N",
-        help="side of the images in pixels, 32 or 224; only --dataset folder leaves the choice (default there: 32)")
+    add("--image_size", type=within(whole, LEAST_SIDE, LARGEST_SIDE), metavar="N",
+        help=f"side of the images in pixels, from {LEAST_SIDE} on; only --dataset folder leaves the choice (default there: "
+             f"{LEAST_SIDE})")
     add("--use-valid", action="store_true",
         help="hold part of the training set out, for model choice and exit thresholds")
     add("--valid_size", type=count, metavar="N",
@@ -131,21 +134,25 @@ def _data_flags(parser: argparse.ArgumentParser, datasets: Sequence[str]) -> Non
     add("--images_per_class", type=count, metavar="N",
         help="train on N images of each class, drawn by --seed from those that are not held out (default: all)")
     add("--workers", type=count_or_none, default=4, metavar="N",
-        help="processes that load training images; 32-pixel data sets live on the device and use none "
+        help="processes that load training images; data sets that are not cropped live on the device and use none "
              "(default: %(default)s)")
     add("--val_workers", type=count_or_none, default=1, metavar="N",
         help="the same for hold-out and test images (default: %(default)s)")
     add("--decoder", choices=DECODERS, default="pillow",
-        help="what decodes and scales images of 224 pixels: pillow as in the paper, or torchcodec, which is faster and rounds a "
-             "few pixels differently (default: %(default)s)")
+        help="what decodes and scales images that are cropped: pillow as in the paper, or torchcodec, which is faster and rounds "
+             "a few pixels differently (default: %(default)s)")
     add("--skip_unreadable", action="store_true",
-        help="count, log and leave out images of 224 pixels that cannot be read, instead of stopping at the first one")
+        help="count, log and leave out images to be cropped that cannot be read, instead of stopping at the first one")
 
 
 def _network_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("network", "lists have one entry per scale (MSDNet) or sub-network (RANet)").add_argument
     add("--arch", choices=tuple(ARCHITECTURES), default="msdnet_ge",
         help="_ge: with gradient rescaling (default: %(default)s)")
+    add("--stem", choices=tuple(STEMS),
+        help="first layer: small is a 3x3 convolution, large a 7x7 one with stride 2 and max pooling; images of --dataset folder "
+             f"have to be of --image_size for small, and are scaled and cropped for large (default: large from {LARGE_FROM} "
+             "pixels on, else small)")
     add("--nBlocks", type=count, default=1, metavar="N",
         help="MSDNet: blocks, each with an exit; RANet: blocks of the first sub-network (default: %(default)s)")
     add("--base", type=count, default=4, metavar="N", help="MSDNet: layers of the first block (default: %(default)s)")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.core.errors import UserError
-from utils.options.catalog import ARCHITECTURES, METHODS
+from utils.options.catalog import ARCHITECTURES, LEAST_SIDE, METHODS, STEMS, stem_for
 
 # A mistyped number of blocks should be an error, not a machine that swaps. The largest published network has 160.
 MAX_LAYERS = 1000
@@ -23,6 +23,7 @@ class NetworkSpec:
         arch ... compress_factor: the flags of the network, under their names in the parsed command line.
         num_classes: outputs of a classifier.
         image_size: height and width in pixels.
+        stem: first layer, one of `catalog.STEMS`.
         method: training method, which decides whether the exits are boosted.
         temperatures: t_n, one for all exits, two that are interpolated, or one per exit; 0 where exits predict alone.
         trainable_ensemble: whether gradients flow through the earlier exits' sum.
@@ -45,6 +46,7 @@ class NetworkSpec:
     compress_factor: float
     num_classes: int
     image_size: int
+    stem: str
     method: str
     temperatures: list[float]
     trainable_ensemble: bool = False
@@ -66,14 +68,15 @@ class NetworkSpec:
         if "architecture" not in saved:
             raise UserError(f"{source} holds weights only, nothing about its network; expected a checkpoint of a training run "
                             "here")
-        stored = {**saved["architecture"], "method": saved["method"], "temperatures": saved["temperatures"],
-                  "trainable_ensemble": saved["trainable_ensemble"]}
+        stored = {"stem": stem_of(saved["architecture"]), **saved["architecture"], "method": saved["method"],
+                  "temperatures": saved["temperatures"], "trainable_ensemble": saved["trainable_ensemble"]}
         kinds = {field.name: field.type for field in fields(cls)}
         wrong = [name for name, kind in kinds.items() if name not in stored or not _IS[kind](stored[name])]
         wrong += [name for name in stored if name not in kinds]
         if not wrong:
             spec = cls(**stored)
-            wrong = [name for name, unusable in (("arch", spec.arch not in ARCHITECTURES), ("method", spec.method not in METHODS),
+            wrong = [name for name, unusable in (("arch", spec.arch not in ARCHITECTURES), ("stem", spec.stem not in STEMS),
+                                                 ("method", spec.method not in METHODS),
                                                  ("nBlocks", n_layers(spec) > MAX_LAYERS)) if unusable]
         if wrong:
             value = stored.get(wrong[0], "missing")
@@ -107,6 +110,12 @@ ARCHITECTURE = tuple(field.name for field in fields(NetworkSpec)
                      if field.name not in ("method", "temperatures", "trainable_ensemble"))
 # The flags that describe the network; the data set settles the other two.
 NETWORK = tuple(name for name in ARCHITECTURE if name not in ("num_classes", "image_size"))
+
+
+def stem_of(stored: Mapping[str, Any]) -> str:
+    """First layer of a stored network; of a file from before there was a choice, the one of its image size."""
+    side = stored.get("image_size")
+    return stored.get("stem") or stem_for(side if isinstance(side, int) else LEAST_SIDE)   # later checks name what is wrong
 
 
 def is_msdnet(network: NetworkSpec | Namespace) -> bool:
