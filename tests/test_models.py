@@ -242,6 +242,41 @@ def test_macs_and_parameters_counted_by_hand():
     assert measure_model(BoostedNet(Counted().double(), [0.5, 0.5]), 12, 18)[0] == [first, first + second]
 
 
+class Unusual(torch.nn.Module):
+    """Two exits whose operations come from functions, of a layer used twice and of one that no exit reads; attention."""
+
+    n_exits = 2
+
+    def __init__(self, *, on_host: bool) -> None:
+        super().__init__()
+        self.shared, self.unread = torch.nn.Conv2d(3, 3, 3, padding=1, bias=False), torch.nn.Linear(9, 9)
+        self.attention, self.linear = torch.nn.MultiheadAttention(3, 1, batch_first=True), torch.nn.Linear(3, 4)
+        self.on_host = on_host
+
+    def start(self, x):
+        return x
+
+    def step(self, n, x):
+        if n:
+            tokens = x.flatten(2).transpose(1, 2)
+            x = self.attention(tokens, tokens, tokens, need_weights=False)[0].transpose(1, 2).unflatten(2, x.shape[2:])
+        else:
+            x = F.conv2d(self.shared(x).relu(), self.shared.weight, padding=1)
+        if self.on_host and not x.isfinite().all():   # a value is looked at, which takes storage
+            raise ValueError
+        return self.linear(x.mean((2, 3)) if n else F.adaptive_avg_pool2d(x, 1).flatten(1)), x
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_functions_count_as_modules_do_and_a_parameter_once(on_host):
+    area, head = 8 * 8, 3 * 8 * 8 + 4 * 4   # of the map; pooling and linear layer
+    first = 2 * 3 * 3 * 9 * area + 3 * area + head
+    attention = area * 3 * 9 + 2 * 3 * area ** 2 + area * 3 * 3 + area * 3   # three projections, two products, projection, bias
+    net = Unusual(on_host=on_host)
+    weights = 3 * 3 * 9 + 4 * 4
+    assert measure_model(net, 8, 8) == ([first, first + attention + head], [weights, weights + 3 * 9 + 9 + 3 * 3 + 3])
+
+
 def test_macs_of_convolutions_and_linear_layers_agree_with_torchs_counter(backbone):
     from torch.utils.flop_counter import FlopCounterMode
 
