@@ -16,7 +16,7 @@ from typing import Any
 
 from utils.options.catalog import ANYTIME_NETWORKS, DATASETS, LEAST_SIDE, METHODS, stem_for, title_of
 from utils.options.effects import EVALUATION, TRAINING, without_effect
-from utils.options.flags import FREE_ON_RESUME, Milliseconds, build_parser
+from utils.options.flags import BEFORE_THE_FLAG, FREE_ON_RESUME, Milliseconds, build_parser
 from utils.options.network import MAX_LAYERS, NETWORK, NetworkSpec, is_msdnet, n_layers, stem_of
 from utils.options.parser import shown
 
@@ -102,6 +102,8 @@ def _mistake(args: Namespace) -> str | None:
     # Training.
     if training and args.start_epoch >= args.epochs:
         return f"argument --start-epoch: {args.start_epoch} leaves nothing to do with --epochs {args.epochs}"
+    if training and args.warmup_epochs >= args.epochs:
+        return f"argument --warmup_epochs: {args.warmup_epochs:g} leaves no epoch at the full rate with --epochs {args.epochs}"
     if any(after <= before for before, after in pairwise(args.lr_milestones)):
         return f"argument --lr_milestones: must increase, got {shown(args.lr_milestones)}"
     if len(args.weight_decay) > 2:
@@ -188,6 +190,12 @@ def choose_network(args: Namespace, before: dict[str, Any] | None = None) -> str
     return note
 
 
+def keep_lr_step(args: Namespace, before: dict[str, Any]) -> None:
+    """Unless --lr_step is given, take that of the run that goes on, whose flags `before` has by dest name."""
+    if "lr_step" not in args.explicit:
+        args.lr_step = {**BEFORE_THE_FLAG, **before}["lr_step"]
+
+
 def require_effect(args: Namespace) -> None:
     """End the program (one line, exit code 2) if a flag has no effect with what the evaluated file says of itself."""
     parser = build_parser()
@@ -199,12 +207,12 @@ def require_unchanged(args: Namespace, before: dict[str, Any], epochs_begun: int
     """End the program (one line, exit code 2) if flags contradict those of the run that is to be resumed.
 
     Args:
-        before: flags of that run by dest name; a flag that did not exist then had its default.
+        before: flags of that run by dest name; a flag that did not exist then had its default, or what `BEFORE_THE_FLAG` says.
         epochs_begun: epochs of that run that are complete or under way.
     """
-    parser = build_parser()
-    cosine = args.lr_type == "cosine" or "meta_lr" in METHODS[args.method].flags   # which falls to 0 at the last epoch
-    free = FREE_ON_RESUME if cosine else FREE_ON_RESUME | {"epochs"}
+    parser, before = build_parser(), {**BEFORE_THE_FLAG, **before}
+    falls_to_0 = args.lr_type != "multistep" or "meta_lr" in METHODS[args.method].flags   # over all epochs
+    free = FREE_ON_RESUME if falls_to_0 else FREE_ON_RESUME | {"epochs"}
     if before.get("on_nan", "stop") != "stop":
         parser.error(f"--resume: the run in {args.result_dir} leaves bad steps out (--on_nan {before['on_nan']}), which only "
                      "version 0.1 can do; resume it with that version")

@@ -10,7 +10,7 @@ from argparse import Namespace
 
 import torch
 
-from args import choose_network, parse_args, require_unchanged
+from args import choose_network, keep_lr_step, parse_args, require_unchanged
 from dataloader import build_data
 from utils.core.distributed import rank, world_size, wrap
 from utils.core.errors import STOPPED, user_errors
@@ -45,6 +45,7 @@ def train(args: Namespace, device: torch.device, signals: StopSignals) -> int:
         saved = find_run(args.result_dir, args.resume)
         note(choose_network(args, saved and saved["training"]["config"]))
         if saved:
+            keep_lr_step(args, saved["training"]["config"])
             require_unchanged(args, saved["training"]["config"], epochs_begun=epochs_begun(saved))
         require_same_flags(args)
 
@@ -71,8 +72,9 @@ def train(args: Namespace, device: torch.device, signals: StopSignals) -> int:
                                         compiled=args.compile, cuda_graphs=args.cuda_graphs), device)
 
         optimizer = build_optimizer(model.backbone, name=args.optimizer, lr=args.lr_f, momentum=args.momentum,
-                                    weight_decay=args.weight_decay)
-        schedule = Schedule(args.lr_type, args.lr_f, args.epochs, args.lr_milestones, args.decay_rate)
+                                    weight_decay=args.weight_decay, nesterov=args.nesterov)
+        schedule = Schedule(args.lr_type, args.lr_f, args.epochs, args.lr_milestones, args.decay_rate, args.lr_step,
+                            args.warmup_epochs)
         method = build_method(args, model, optimizer, network=network, teacher=teacher)
 
         run = start_run(args, data, device, saved)

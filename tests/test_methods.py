@@ -223,14 +223,30 @@ def test_weighting_with_epsilon_zero_is_a_plain_step_on_each_half():
         assert not list(differences(*results)), boosted
 
 
-def test_the_rate_of_the_weight_network_falls_to_zero_as_a_cosine_over_the_epochs():
-    model = network(boosted=True)
-    method = l2w.SampleWeighting(model, still(model), meta_lr=0.2, epochs=4)
-    found = []
-    for epoch in range(5):
-        method.set_progress(epoch)
-        found += [group["lr"] for group in method.meta_optimizer.param_groups]
-    assert found == pytest.approx([0.2, 0.1707107, 0.1, 0.0292893, 0.0], abs=1e-7)
+def test_the_rate_of_the_weight_network_falls_to_zero_as_a_cosine_batch_by_batch(images, tmp_path, monkeypatch):
+    seen, meta_step = [], l2w.SampleWeighting.meta_step
+    monkeypatch.setattr(l2w.SampleWeighting, "meta_step", lambda self, *parts: seen.append(
+        self.meta_optimizer.param_groups[0]["lr"]) or meta_step(self, *parts))
+    line = command(images, tmp_path, *"--method l2w --meta_lr 0.2 --meta_net_hidden_size 4 --batch-size 20".split())
+    assert train_cifar100.main(line) == 0   # two epochs of two batches, with two meta steps each
+    assert seen == pytest.approx([0.2, 0.2, 0.1707107, 0.1707107, 0.1, 0.1, 0.0292893, 0.0292893], abs=1e-7)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_trial_step_is_the_optimisers_own_next_step(nesterov):
+    """Without and with a momentum buffer, and for a parameter without a gradient."""
+    model, (x, y) = network(boosted=False), batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
+    method = l2w.SampleWeighting(model, optimizer)
+    for _ in range(2):
+        Method(model, still(model)).step(x, y)   # leaves gradients
+        gradients_before = [p.grad for p in model.parameters()]
+        gradients_before[0] = next(model.parameters()).grad = None
+        [group] = optimizer.param_groups
+        trial = [method._after_sgd(p, g, group).clone() for p, g in zip(model.parameters(), gradients_before)]
+        optimizer.step()
+        for p, expected in zip(model.parameters(), trial):
+            torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-14)
 
 
 def test_meta_steps_come_every_so_many_batches_one_for_each_half(monkeypatch):

@@ -1,4 +1,6 @@
 """Losses of all exits, their equalisation, optimisers and schedules, against sums done by hand."""
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,17 +91,53 @@ def test_two_weight_decays_are_interpolated_over_blocks_with_their_classifiers()
 
 
 @pytest.mark.parametrize("kind, want", [("multistep", [1.0, 1.0, 0.1, 0.1, 0.01]),
-                                        ("cosine", [1.0, 0.9045, 0.6545, 0.3455, 0.0955])])
+                                        ("cosine", [1.0, 0.9045, 0.6545, 0.3455, 0.0955]),
+                                        ("linear", [1.0, 0.8, 0.6, 0.4, 0.2])])
 def test_schedules(kind, want):
-    schedule = Schedule(kind, lr=1.0, epochs=5, milestones=[2, 4], decay_rate=0.1)
-    assert [schedule(epoch) for epoch in range(5)] == pytest.approx(want, abs=1e-4)
+    for step in ("batch", "epoch"):
+        schedule = Schedule(kind, lr=1.0, epochs=5, milestones=[2, 4], decay_rate=0.1, step=step)
+        assert [schedule(epoch) for epoch in range(5)] == pytest.approx(want, abs=1e-4), step
+
+
+@pytest.mark.parametrize("kind, want", [("multistep", [0.8, 0.08, 0.08]), ("cosine", [0.6828427, 0.2469266, 0.0304482]),
+                                        ("linear", [0.6, 0.3, 0.1])])
+def test_within_an_epoch_the_rate_moves_per_batch_and_stays_per_epoch(kind, want):
+    """0.4 (1 + cos(pi/4)), 0.4 (1 + cos(5 pi/8)), 0.4 (1 + cos(7 pi/8)); drops come at the epochs' borders alone."""
+    places = [1.0, 2.5, 3.5]   # of 4 epochs
+    schedule = Schedule(kind, lr=0.8, epochs=4, milestones=[2])
+    assert [schedule(progress) for progress in places] == pytest.approx(want, abs=1e-7)
+    per_epoch = Schedule(kind, lr=0.8, epochs=4, milestones=[2], step="epoch")
+    assert [per_epoch(progress) for progress in places] == [per_epoch(int(progress)) for progress in places]
+
+
+@pytest.mark.parametrize("step", ["batch", "epoch"])
+def test_a_warm_up_is_linear_from_zero_and_goes_batch_by_batch(step):
+    schedule = Schedule("multistep", lr=0.8, epochs=4, milestones=[1], warmup_epochs=2.0, step=step)
+    assert [schedule(progress) for progress in (0, 0.5, 1.5, 2, 3)] == pytest.approx([0, 0.2, 0.06, 0.08, 0.08])
+
+
+def test_another_optimiser_falls_as_a_cosine_in_the_same_steps_and_is_not_warmed_up():
+    places = [0, 1, 1.5, 3, 3.999]
+    schedule = Schedule("multistep", lr=9.0, epochs=4, milestones=[1], warmup_epochs=2.0)
+    assert [schedule.cosine(0.2)(progress) for progress in places] == pytest.approx(
+        [0.2, 0.1707107, 0.1382683, 0.0292893, 0], abs=1e-6)
+    per_epoch = Schedule("multistep", lr=9.0, epochs=4, step="epoch").cosine(0.2)
+    # Version 0.1 computed it so, to these bits.
+    assert [per_epoch(progress) for progress in places] == [0.2 * (1 + math.cos(math.pi * n / 4)) / 2 for n in (0, 1, 1, 3, 3)]
+
+
+def test_nesterov_is_for_sgd():
+    net = MSDNet(n_blocks=2, n_channels=4, base=1)
+    for nesterov in (True, False):
+        optimizer = build_optimizer(net, name="sgd", lr=0.2, momentum=0.7, weight_decay=[1e-3], nesterov=nesterov)
+        assert optimizer.param_groups[0]["nesterov"] is nesterov
 
 
 @pytest.mark.parametrize("lr", [0.1, 0.3, 0.8])
 @pytest.mark.parametrize("kind", ["multistep", "cosine"])
 def test_learning_rates_are_those_of_torchs_schedulers_to_the_last_bit(kind, lr):
     """Runs of version 0.1 had them, and go on with these."""
-    schedule = Schedule(kind, lr, epochs=300, milestones=[75, 150, 151, 225], decay_rate=0.2)
+    schedule = Schedule(kind, lr, epochs=300, milestones=[75, 150, 151, 225], decay_rate=0.2, step="epoch")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
     scheduler = (MultiStepLR(optimizer, milestones=[75, 150, 151, 225], gamma=0.2) if kind == "multistep" else
                  CosineAnnealingLR(optimizer, T_max=300))

@@ -12,6 +12,7 @@ from args import parse_args
 from utils import report
 from utils.core.tables import Table
 from utils.options.catalog import method_title
+from utils.reports.finished_runs import read_runs, seeds_together
 from utils.reports.paper import ANYTIME
 from utils.runs.folder import plain
 
@@ -77,7 +78,8 @@ def test_the_papers_table_has_its_rows_this_projects_and_the_difference(tmp_path
 
 @pytest.mark.parametrize("change", [
     "--epochs 299", "--lr_milestones 150,226", "--batch-size 128", "--lr_f 0.05", "--ensemble_reweight 0.4", "--arch msdnet",
-    "--base 5", "--use-valid", "--trainable_ensemble", "--optimizer adam", "--weight-decay 5e-4", "--loss_equal"])
+    "--base 5", "--use-valid", "--trainable_ensemble", "--optimizer adam", "--weight-decay 5e-4", "--loss_equal", "--nesterov",
+    "--warmup_epochs 5"])
 def test_a_run_of_other_settings_never_enters_the_papers_table(tmp_path, change):
     macs = {"macs": [m + 10**6 for m in MACS["msdnet_cifar100_anytime"]["macs"]]} if change == "--base 5" else {}
     tables = report.report([write_run(tmp_path / "run", flags=change, **macs)])
@@ -132,6 +134,17 @@ def test_a_run_of_the_papers_protocol_and_an_ordinary_one_are_seeds_of_one_train
     runs = [write_run(tmp_path / "a", 65.0, on_test=66.0, flags="--paper_protocol"), write_run(tmp_path / "b", flags="--seed 1")]
     found = rows(report.report(runs), MSDNET)
     assert "BoostNet, here, n = 2" in found and "  best epoch on the test set" not in found   # one of them does not know it
+
+
+@pytest.mark.parametrize(("flags", "together"), [("", True), ("--lr-type cosine", False), ("--method l2w", False),
+                                                 ("--lr-type cosine --lr_step epoch", True)])
+def test_a_run_from_before_lr_step_had_one_rate_per_epoch_which_makes_no_difference_to_multistep(tmp_path, flags, together):
+    older = write_run(tmp_path / "older", flags=flags)
+    results = json.loads((older / "results.json").read_text())
+    del results["config"]["lr_step"]
+    (older / "results.json").write_text(json.dumps(results))
+    runs, _ = read_runs([older, write_run(tmp_path / "newer", flags=f"--seed 1 {flags}")])
+    assert (len(seeds_together(runs)) == 1) == together
 
 
 def test_ranet_has_its_own_table_and_no_rescaling(tmp_path):

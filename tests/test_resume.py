@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -21,11 +22,13 @@ from utils.core.machine import peak_memory
 from utils.methods.losses import ExitLosses
 from utils.runs import checkpoint
 from utils.training import trainer
+from utils.training.optim import Schedule
 
 # Between them every kind of state: momentum and Adam's averages, both schedules, the averages of --loss_equal.
 SETUPS = {
     "boosted": [],
     "joint": "--method joint --optimizer adam --lr_f 0.01 --lr-type cosine --loss_equal --arch msdnet".split(),
+    "linear": "--lr-type linear --nesterov --warmup_epochs 0.5".split(),
 }
 STEPS = 10   # two epochs of five
 
@@ -77,10 +80,53 @@ def test_a_run_stopped_after_any_step_ends_as_if_it_had_not_been(images, uninter
     assert not list(differences(outcome(tmp_path), uninterrupted("boosted")))
 
 
-@pytest.mark.parametrize("step", [3, 5, 8])
-def test_adam_cosine_and_loss_averages_come_back_as_they_were(images, uninterrupted, tmp_path, monkeypatch, step):
-    stop_and_resume(images, tmp_path, "joint", step, monkeypatch)
-    assert not list(differences(outcome(tmp_path), uninterrupted("joint")))
+@pytest.mark.parametrize("setup", ["joint", "linear"])
+@pytest.mark.parametrize("step", [2, 5, 8])
+def test_adam_rates_per_batch_and_loss_averages_come_back_as_they_were(images, uninterrupted, tmp_path, monkeypatch, step, setup):
+    stop_and_resume(images, tmp_path, setup, step, monkeypatch)
+    assert not list(differences(outcome(tmp_path), uninterrupted(setup)))
+
+
+def rates(monkeypatch, line) -> tuple[int, list[float]]:
+    """Exit code of a training, and the learning rate of each of its steps."""
+    seen, step = [], torch.optim.SGD.step
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", lambda self: seen.append(self.param_groups[0]["lr"]) or step(self))
+        return train_cifar100.main(line), seen
+
+
+def test_every_step_has_the_rate_of_its_place_in_the_run(images, tmp_path, monkeypatch):
+    expected = [0.05 * (1 + math.cos(math.pi * n / STEPS)) for n in range(STEPS)]
+    code, seen = rates(monkeypatch, command(images, tmp_path, "--lr-type", "cosine"))
+    assert code == 0 and seen == pytest.approx(expected, rel=1e-12)
+    assert [entry["lr"] for entry in outcome(tmp_path)["results"]["epochs"]] == pytest.approx([0.1, 0.05])
+
+
+@pytest.mark.parametrize("lr_type", ["cosine", "multistep"])
+def test_a_run_from_before_the_flag_goes_on_with_one_rate_per_epoch_however_often_it_is_stopped(images, tmp_path, monkeypatch,
+                                                                                                lr_type, capsys):
+    line = command(images, tmp_path, "--lr-type", lr_type)
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, 2)
+        assert train_cifar100.main([*line, *(["--lr_step", "epoch"] if lr_type == "cosine" else [])]) == STOPPED
+    saved = checkpoint.load(tmp_path / checkpoint.LATEST)
+    for name in ("lr_step", "warmup_epochs", "nesterov"):
+        del saved["training"]["config"][name]
+    checkpoint.save(tmp_path / checkpoint.LATEST, saved)
+    capsys.readouterr()
+    if lr_type == "cosine":
+        message = one_line_error(capsys, lambda: train_cifar100.main([*line, "--resume", "--lr_step", "batch"]))
+        assert "--lr_step 'batch' (was 'epoch')" in message
+    seen = []
+    for stop in (2, 3, None):   # the steps 2 to 9 are left
+        with monkeypatch.context() as patch:
+            if stop:
+                signal_at_step(patch, stop)
+            code, more = rates(patch, [*line, "--resume"])
+        assert code == (STOPPED if stop else 0)
+        seen += more
+    second = Schedule(lr_type, 0.1, epochs=2, milestones=[1], step="epoch")(1)
+    assert seen == [0.1] * 3 + [second] * 5
 
 
 def test_a_run_may_be_stopped_many_times(images, uninterrupted, tmp_path, monkeypatch):
@@ -271,7 +317,8 @@ def finished(images, tmp_path_factory) -> Path:
 
 CHANGES = ["--nBlocks 3", "--nChannels 8", "--arch msdnet", "--method joint", "--ensemble_reweight 0.2", "--trainable_ensemble",
            "--seed 1", "--valid_size 9", "--batch-size 16", "--optimizer adam", "--lr_f 0.2", "--lr-type cosine",
-           "--lr_milestones 2", "--decay-rate 0.5", "--momentum 0.8", "--weight-decay 0", "--loss_equal", "--dataset glyphs",
+           "--lr-type linear", "--lr_milestones 2", "--decay-rate 0.5", "--nesterov",
+           "--warmup_epochs 0.5", "--momentum 0.8", "--weight-decay 0", "--loss_equal", "--dataset glyphs",
            "--amp bf16", "--channels_last", "--compile"]
 
 
@@ -303,10 +350,11 @@ def test_every_flag_is_either_free_or_compared(capsys):
             assert "another value" in message
 
 
-def test_the_number_of_epochs_makes_a_cosine_schedule_and_may_never_fall_below_those_done(capsys):
-    args = cli.parse_args("--result_dir r --lr-type cosine --epochs 9".split())
-    assert "--epochs 9 (was 8)" in one_line_error(
-        capsys, lambda: cli.require_unchanged(args, {**vars(args), "epochs": 8}, epochs_begun=8))
+def test_the_number_of_epochs_makes_a_schedule_to_zero_and_may_never_fall_below_those_done(capsys):
+    for lr_type in ("cosine", "linear"):
+        args = cli.parse_args(f"--result_dir r --lr-type {lr_type} --epochs 9".split())
+        assert "--epochs 9 (was 8)" in one_line_error(
+            capsys, lambda args=args: cli.require_unchanged(args, {**vars(args), "epochs": 8}, epochs_begun=8))
     args = cli.parse_args("--result_dir r --epochs 9".split())
     cli.require_unchanged(args, {**vars(args), "epochs": 20}, epochs_begun=9)
     assert "has begun epoch 10" in one_line_error(

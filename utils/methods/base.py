@@ -41,7 +41,11 @@ class Method:
             (`training_forward`), and for methods that catalog.METHODS says are one call also a wrapper around it
             (DistributedDataParallel). Default: the model itself.
         equalise: see `ExitLosses`.
+    Attributes:
+        other_optimizers: of networks of the method's own; each rate falls to zero as a cosine over the run.
     """
+
+    other_optimizers: tuple[torch.optim.Optimizer, ...] = ()
 
     def __init__(self, model: BoostedNet, optimizer: torch.optim.Optimizer, *, network: nn.Module | None = None,
                  equalise: bool = False) -> None:
@@ -90,9 +94,6 @@ class Method:
     def backward(self, total: Tensor) -> None:
         """Put the gradients of the loss into the parameters."""
         total.backward()
-
-    def set_progress(self, epochs_done: float) -> None:
-        """Called before the steps of an epoch, with the number of epochs done, for schedules of the method's own."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides model and optimiser: tensors and plain types."""

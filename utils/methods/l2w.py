@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,27 +56,27 @@ class SampleWeighting(Method):
         epsilon: weight = 1 + epsilon * centred output.
         target_p_index: the held-out half leaves in shares proportional to q^n, q = target_p_index / 20.
         meta_interval: batches from one with meta steps to the next.
-        meta_lr, meta_weight_decay: of Adam on the weight network; the rate falls to 0 as a cosine over `epochs`.
+        meta_lr, meta_weight_decay: of Adam on the weight network.
     """
 
     def __init__(self, *args: Any, hidden_size: int = 500, n_layers: int = 1, reads: str = "loss", centring: str = "mat",
                  epsilon: float = 0.3, target_p_index: int = 15, meta_interval: int = 1, meta_lr: float = 1e-4,
-                 meta_weight_decay: float = 1e-4, epochs: int = 1, **options: Any) -> None:
+                 meta_weight_decay: float = 1e-4, **options: Any) -> None:
         super().__init__(*args, **options)
         n_exits, like = self.model.n_exits, next(self.model.parameters())
         self.weight_net = WeightNet(n_exits * (1 + (reads == "both")), n_exits, hidden_size, n_layers).to(like)
         self.meta_optimizer = torch.optim.Adam(self.weight_net.parameters(), lr=meta_lr, weight_decay=meta_weight_decay)
         self.reads, self.centring, self.epsilon = reads, centring, epsilon
         self.shares = released_shares(target_p_index / 20, n_exits)
-        self.meta_interval, self.meta_lr, self.epochs = meta_interval, meta_lr, epochs
-        self.batches = 0
+        self.other_optimizers = (self.meta_optimizer,)
+        self.meta_interval, self.batches = meta_interval, 0
 
     @classmethod
     def options(cls, args: argparse.Namespace) -> dict[str, Any]:
         return {"hidden_size": args.meta_net_hidden_size, "n_layers": args.meta_net_num_layers,
                 "reads": args.meta_net_input_type, "centring": args.constraint_dimension, "epsilon": args.epsilon,
                 "target_p_index": args.target_p_index, "meta_interval": args.meta_interval, "meta_lr": args.meta_lr,
-                "meta_weight_decay": args.meta_weight_decay, "epochs": args.epochs}
+                "meta_weight_decay": args.meta_weight_decay}
 
     def step(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome:
         half = len(labels) // 2
@@ -141,14 +140,10 @@ class SampleWeighting(Method):
             return parameter.detach()
         gradient = gradient + group["weight_decay"] * parameter.detach()
         buffer = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if buffer is not None:
-            gradient = gradient + group["momentum"] * buffer
-        return parameter.detach() - group["lr"] * gradient
-
-    def set_progress(self, epochs_done: float) -> None:
-        lr = self.meta_lr * (1 + math.cos(math.pi * epochs_done / self.epochs)) / 2
-        for group in self.meta_optimizer.param_groups:
-            group["lr"] = lr
+        move = gradient if buffer is None else gradient + group["momentum"] * buffer
+        if group["nesterov"]:
+            move = gradient + group["momentum"] * move
+        return parameter.detach() - group["lr"] * move
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "weight_net": self.weight_net.state_dict(), "batches": self.batches,

@@ -75,10 +75,12 @@ EFFECTS: dict[str, Effect] = {
     "distill_T": _training(method=_methods("distill_T"), distill_weight=True),
     "teacher": _training(method=_methods("teacher"), distill_weight=True),
     # Training.
-    **dict.fromkeys(("epochs", "optimizer", "lr_f", "lr_type", "lr_milestones", "weight_decay"), _training()),
+    **dict.fromkeys(("epochs", "optimizer", "lr_f", "lr_type", "lr_milestones", "weight_decay", "warmup_epochs"), _training()),
     "start_epoch": _training(resume=False, checkpoint=True),
     "momentum": _training(optimizer=("sgd", "rmsprop")),
+    "nesterov": _training(optimizer=("sgd",), momentum=True),
     "decay_rate": _training(lr_type=("multistep",)),
+    "lr_step": _training(lr_type=("cosine", "linear")),
     "paper_protocol": {TRAINING: {}, EVALUATION: {"publish": False, "images": False, "evalmode": ("dynamic",)}},
     **dict.fromkeys(("amp", "channels_last", "compile"), _training(method=_ONE_CALL)),
     "cuda_graphs": _training(method=_ONE_CALL, device=("auto", "cuda")),

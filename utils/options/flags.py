@@ -34,6 +34,9 @@ FREE_ON_RESUME = frozenset((
     "flat_curve", "publish", "save_suffix",
 ))
 
+# What a run did whose version did not know the flag yet, where that is not the default now.
+BEFORE_THE_FLAG = {"lr_step": "epoch"}
+
 # What may differ between the processes of one run: what is different on another machine. The files behind the paths are compared.
 MAY_DIFFER = frozenset((
     "result_dir", "tensorboard_dir", "data_root", "checkpoint", "teacher", "workers", "val_workers", "gpu", "threads",
@@ -246,8 +249,14 @@ def _training_flags(parser: argparse.ArgumentParser) -> None:
     add("--optimizer", choices=("sgd", "rmsprop", "adam"), default="sgd", help="torch.optim's (default: %(default)s)")
     add("--lr_f", "--lr", "--learning-rate", type=positive, default=0.1, metavar="X",
         help="learning rate at the start (default: %(default)s)")
-    add("--lr-type", choices=("multistep", "cosine"), default="multistep",
-        help="multistep: drops at --lr_milestones; cosine: falls to 0 at the last epoch (default: %(default)s)")
+    add("--lr-type", choices=("multistep", "cosine", "linear"), default="multistep",
+        help="multistep: drops at --lr_milestones; cosine, linear: falls to 0 over all epochs (default: %(default)s)")
+    add("--lr_step", choices=("batch", "epoch"), default="batch",
+        help="cosine, linear: what the learning rate stays the same for; a resumed run of an older version keeps its "
+             "rate per epoch (default: %(default)s)")
+    add("--warmup_epochs", type=not_negative, default=0.0, metavar="X",
+        help="epochs, or a part of one, in which the learning rate is also multiplied by a factor that rises from 0 to 1, "
+             "linearly and batch by batch, for large batches (default: 0)")
     add("--lr_milestones", type=list_of(count, ",", "150,225"), default="100,200", metavar="N[,N]",
         help="epochs after which the learning rate drops (default: %(default)s)")
     add("--decay-rate", type=factor, default=0.1, metavar="X",
@@ -257,6 +266,7 @@ def _training_flags(parser: argparse.ArgumentParser) -> None:
              "steps; default: at the end of an epoch)")
     add("--momentum", type=within(number, 0, 1, below=True), default=0.9, metavar="X",
         help="of sgd and rmsprop (default: %(default)s)")
+    add("--nesterov", action="store_true", help="sgd: Nesterov's momentum")
     add("--weight-decay", "--wd", type=list_of(not_negative, ",", "1e-4,5e-4"), default="1e-4", metavar="X[,X]",
         help="two values: from the first to the last of MSDNet's blocks (default: %(default)s)")
 

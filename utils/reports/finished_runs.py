@@ -10,7 +10,7 @@ from typing import Any
 from utils.core.errors import UserError
 from utils.core.files import misfit, read_json
 from utils.options.catalog import METHODS
-from utils.options.flags import FREE_ON_RESUME, build_parser
+from utils.options.flags import BEFORE_THE_FLAG, FREE_ON_RESUME, build_parser
 from utils.runs.result_files import CHOSEN, FAMILIES, RESULTS
 
 # How a run was judged, and what chance decided, make no other training.
@@ -78,7 +78,7 @@ def read_run(folder: Path) -> FinishedRun | None:
     if not path.exists() or "test" not in read_json(path):
         return None
     results = read_json(path, RUN, OLDER_RUN)
-    config, test = results["config"], results["test"]
+    config, test = {**BEFORE_THE_FLAG, **results["config"]}, results["test"]
     on_test = results["best_on_test"] and results["best_on_test"]["top1"]
     if not len(test["macs"]) == len(test["top1"]) == len(on_test or test["top1"]):
         raise UserError(f"{path} is damaged: its accuracies are not one number for each exit")
@@ -89,6 +89,8 @@ def read_run(folder: Path) -> FinishedRun | None:
                  "tested epoch": test["epoch"]}
     if not METHODS[test["method"]].boosted:   # temperatures are 0 whatever the flag says
         settings["ensemble_reweight"] = None
+    if settings["lr_type"] == "multistep" and "meta_lr" not in METHODS[test["method"]].flags:   # nothing falls within an epoch
+        settings["lr_step"] = None
     return FinishedRun(folder, config["seed"], settings, results["split_hash"], test["macs"], test["top1"], on_test)
 
 

@@ -81,13 +81,15 @@ class EpochFigures:
         self.seconds = state["seconds"]
 
 
-def train_epoch(method: Method, batches: Iterable, figures: EpochFigures, *, after_step: Callable[[int], bool]) -> bool:
+def train_epoch(method: Method, batches: Iterable, figures: EpochFigures, *, after_step: Callable[[int], bool],
+                before_step: Callable[[int], None] = lambda step: None) -> bool:
     """Train on every batch.
 
     Args:
         method: makes a step of a batch.
         batches: of (images (B, 3, H, W), labels (B,), share), on the device.
         figures: is added to.
+        before_step: called with the number of steps done in this epoch.
         after_step: called with the number of steps done in this epoch; returns True to stop before the next one.
     Returns:
         Whether the epoch is complete.
@@ -97,6 +99,7 @@ def train_epoch(method: Method, batches: Iterable, figures: EpochFigures, *, aft
         for batch in batches:
             if not len(batch[1]) and world_size() > 1:   # the others would wait for its gradients
                 raise UserError("a process has a batch without an image that can be read, see above; remove such files")
+            before_step(figures.steps)
             _train_step(method, batch, figures)
             if after_step(figures.steps):
                 return False

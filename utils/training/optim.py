@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 
-def build_optimizer(backbone: nn.Module, *, name: str, lr: float, momentum: float,
-                    weight_decay: Sequence[float]) -> torch.optim.Optimizer:
+def build_optimizer(backbone: nn.Module, *, name: str, lr: float, momentum: float, weight_decay: Sequence[float],
+                    nesterov: bool = False) -> torch.optim.Optimizer:
     """Optimiser over the parameters of a backbone that are not frozen.
 
     Args:
@@ -19,12 +19,13 @@ def build_optimizer(backbone: nn.Module, *, name: str, lr: float, momentum: floa
         momentum: of SGD and RMSprop; Adam keeps its own averages.
         weight_decay: one value for all parameters, or two that are interpolated linearly over MSDNet's blocks from the
             first to the last; a block's classifier belongs to it.
+        nesterov: Nesterov's momentum, of SGD only.
     Raises:
         ValueError: two weight decays for a backbone that is not a plain chain of blocks.
     """
     groups = _groups(backbone, weight_decay)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
     if name == "rmsprop":
         return torch.optim.RMSprop(groups, lr=lr, momentum=momentum)
     return torch.optim.Adam(groups, lr=lr)
@@ -43,15 +44,17 @@ def _groups(backbone: nn.Module, weight_decay: Sequence[float]) -> list[dict]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate as a function of the epochs done.
+    """The learning rate as a function of progress: epochs done, and of the epoch under way the part that is done.
 
-    Both kinds multiply in the order of torch's schedulers, and so give their rates to the last bit.
+    Per epoch, the rates are those of torch's schedulers to the last bit: both kinds there are multiply in the same order.
 
     Attributes:
-        kind: "multistep" (times `decay_rate` at each milestone) or "cosine" (to zero at the end).
-        lr: at the start.
+        kind: "multistep" (times `decay_rate` at each milestone), "cosine" or "linear" (to zero at the end).
+        lr: from which it falls.
         epochs: in all.
         milestones: epochs after which the rate drops, rising.
+        step: "batch" or "epoch": what the rate stays the same for, apart from the warm-up.
+        warmup_epochs: during which the rate is multiplied by a factor that rises linearly from 0 to 1, batch by batch.
     """
 
     kind: str
@@ -59,14 +62,35 @@ class Schedule:
     epochs: int
     milestones: Sequence[int] = ()
     decay_rate: float = 0.1
+    step: str = "batch"
+    warmup_epochs: float = 0.0
 
-    def __call__(self, epochs_done: int) -> float:
+    def __call__(self, progress: float) -> float:
+        lr = self._falling(self._stepped(progress))
+        return lr * (progress / self.warmup_epochs) if progress < self.warmup_epochs else lr
+
+    def cosine(self, lr: float) -> Callable[[float], float]:
+        """The rate of another optimiser in the same run, which falls from `lr` to zero as a cosine, without a warm-up."""
+        return lambda progress: _half_cosine(lr, self._stepped(progress), self.epochs)
+
+    def _stepped(self, progress: float) -> float:
+        return math.floor(progress) if self.step == "epoch" else progress
+
+    def _falling(self, progress: float) -> float:
+        if self.kind == "linear":
+            return self.lr * (1 - progress / self.epochs)
+        if self.kind == "cosine" and self.step == "batch":
+            return _half_cosine(self.lr, progress, self.epochs)
         lr = self.lr
         if self.kind == "cosine":
-            heights = [1 + math.cos(math.pi * epoch / self.epochs) for epoch in range(epochs_done + 1)]
+            heights = [1 + math.cos(math.pi * epoch / self.epochs) for epoch in range(math.floor(progress) + 1)]
             for before, after in pairwise(heights):
                 lr = after / before * lr
             return lr
-        for _ in range(sum(milestone <= epochs_done for milestone in self.milestones)):
+        for _ in range(sum(milestone <= progress for milestone in self.milestones)):
             lr *= self.decay_rate
         return lr
+
+
+def _half_cosine(lr: float, progress: float, epochs: int) -> float:
+    return 0.5 * lr * (1 + math.cos(math.pi * progress / epochs))

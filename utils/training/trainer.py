@@ -26,7 +26,7 @@ class Trainer:
         method: with the network, of which checkpoints hold the backbone, and the optimiser.
         data: with `train(epoch, first_batch)`, `valid()`, `n_train`, `n_valid`.
         run: folder, log and results.
-        schedule: the learning rate.
+        schedule: the learning rate, set before every step.
         description: what a checkpoint says about the network besides its weights.
         epochs, start_epoch: train epochs start_epoch ... epochs - 1.
         print_freq: steps between looks at the loss; nothing else in an epoch waits for the device.
@@ -40,6 +40,8 @@ class Trainer:
                  paper_protocol: bool = False, teacher_hash: str | None = None) -> None:
         self.method, self.data, self.run, self.description = method, data, run, description
         self.model, self.optimizer, self.schedule = method.model, method.optimizer, schedule
+        self.schedules = [(self.optimizer, schedule),
+                          *((other, schedule.cosine(other.defaults["lr"])) for other in method.other_optimizers)]
         self.epochs, self.epoch, self.print_freq = epochs, start_epoch, print_freq
         self.save_every_minutes, self.last_save = save_every_minutes, time.monotonic()
         self.device = next(self.model.parameters()).device
@@ -155,18 +157,22 @@ class Trainer:
         return {"n_train": self.data.n_train, "labels_hash": self.data.labels_hash, "processes": distributed.world_size(),
                 "teacher_hash": self.teacher_hash}
 
-    def _set_learning_rate(self) -> float:
-        """Let optimiser and method know how far the run is; returns the learning rate."""
-        lr = self.schedule(self.epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.method.set_progress(self.epoch)
-        return lr
+    def _set_learning_rates(self, progress: float) -> None:
+        for optimizer, schedule in self.schedules:
+            lr = schedule(progress)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+    @property
+    def _learning_rate(self) -> float:
+        """Of the step under way, or the last one."""
+        return self.optimizer.param_groups[0]["lr"]
 
     def _train_steps(self, signals: StopSignals) -> bool:
         """The steps of an epoch that are still to do; False when a signal came before its end."""
-        lr, figures = self._set_learning_rate(), self.figures
+        figures = self.figures
         batches = self.data.train(self.epoch, first_batch=figures.steps)
+        n_steps = figures.steps + len(batches)
         counted = time.perf_counter()
 
         def count_seconds() -> None:
@@ -174,12 +180,15 @@ class Trainer:
             now = time.perf_counter()
             figures.seconds, counted = figures.seconds + now - counted, now
 
-        with tqdm(total=figures.steps + len(batches), initial=figures.steps, desc=f"epoch {self.epoch + 1}/{self.epochs}",
+        with tqdm(total=n_steps, initial=figures.steps, desc=f"epoch {self.epoch + 1}/{self.epochs}",
                   unit="step", leave=False, disable=None if distributed.is_main() else True) as progress:
+            def before_step(step: int) -> None:
+                self._set_learning_rates(self.epoch + step / n_steps)
+
             def after_step(step: int) -> bool:
                 progress.update()
                 if step % self.print_freq == 0:
-                    figures.check(self.epoch, lr)
+                    figures.check(self.epoch, self._learning_rate)
                     if self._save_is_due():
                         count_seconds()
                         self._require_finite()
@@ -191,7 +200,7 @@ class Trainer:
                 return (distributed.world_size() == 1 or step % self.print_freq == 0) and self._stop(signals)
 
             try:
-                complete = train_epoch(self.method, batches, figures, after_step=after_step)
+                complete = train_epoch(self.method, batches, figures, before_step=before_step, after_step=after_step)
             finally:
                 count_seconds()
         self._require_finite()
@@ -210,11 +219,10 @@ class Trainer:
 
         The last update may have spoilt the weights without any loss having shown it.
         """
-        lr = self.optimizer.param_groups[0]["lr"]
-        self.figures.check(self.epoch, lr)
+        self.figures.check(self.epoch, self._learning_rate)
         if not all_finite(self.model.state_dict().values()):
-            raise TrainingDiverged(f"the weights became NaN or infinite by {self._place()} (learning rate {lr:g}); try a lower "
-                                   "--lr_f, or look at the data")
+            raise TrainingDiverged(f"the weights became NaN or infinite by {self._place()} (learning rate "
+                                   f"{self._learning_rate:g}); try a lower --lr_f, or look at the data")
 
     def _finish_epoch(self) -> None:
         """Validate, write down and save an epoch whose steps are done."""
