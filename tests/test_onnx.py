@@ -22,6 +22,7 @@ from utils.core.errors import UserError
 from utils.evaluation import confidence as policies
 from utils.evaluation import onnx_exit, programs
 from utils.evaluation.classify import read_images
+from utils.evaluation.drift import ExitMonitor
 from utils.evaluation.fast_form import load_model
 from utils.evaluation.onnx_exit import OnnxEarlyExit, OnnxPrograms
 
@@ -235,3 +236,22 @@ def test_mistakes_with_runtime_and_predictions(run, tmp_path, capsys):
     assert "give one --budget" in refused("--evalmode", "realtime", "--predictions", tmp_path / "x.csv")
     assert "without image files" in refused("--images", run / "images")
     assert "is no file" in refused("--images", tmp_path / "nothing.png")
+
+
+def test_exits_are_counted_as_in_pytorch_in_slices_too(run):
+    loaded, images = OnnxPrograms(run / "programs", threads=2), random_images(50)
+    i = len(loaded.about["budgets"]) // 2
+    thresholds = loaded.about["budgets"][i]["thresholds"]
+    early = OnnxEarlyExit(loaded, thresholds, monitor=ExitMonitor.of_export(loaded.about, i))
+    with pytest.raises(UserError, match="nothing was counted"):
+        OnnxEarlyExit(loaded, thresholds).summary()
+    exits = np.concatenate([early(images).exit, early(images, max_cost=loaded.about["macs"][0]).exit])
+    found = early.summary()
+    assert found.n_images == 100 and found.thresholds == "geometric"
+    assert found.exit_share == pytest.approx(np.bincount(exits, minlength=loaded.n_exits) / 100)
+    curve = json.loads((run / "run" / "dynamic.json").read_text())
+    assert found.held_out_share == curve["points"][i]["valid_exit_share"]
+    assert found.held_out_cost == pytest.approx(curve["points"][i]["valid_mean_macs"])
+    assert sum(early.monitor._ended) == 50 + np.count_nonzero(exits[:50] == loaded.n_exits - 1)
+    with pytest.raises(ValueError, match="export the network again"):
+        ExitMonitor.of_export({**loaded.about, "hold_out": None}, i)

@@ -389,7 +389,8 @@ def test_published_arrays_give_the_optimised_curve_and_keep_it_up_to_date(tmp_pa
         shutil.copy(PUBLISHED / "msdnet_boost" / name, tmp_path)
     before = read(tmp_path / "dynamic.json")["points"]
     assert publish.main([str(tmp_path)]) == 0 and not (tmp_path / "dynamic_optimised.json").exists()
-    assert read(tmp_path / "dynamic.json")["points"] == before
+    for point, committed in zip(read(tmp_path / "dynamic.json")["points"], before, strict=True):   # of another processor
+        assert {name: pytest.approx(value, rel=1e-9) for name, value in committed.items()} == point
     assert publish.main([str(tmp_path), "--optimised"]) == 0
     assert "of 38 budgets above 40 % of the MACs" in capsys.readouterr().out
     path = tmp_path / "dynamic_optimised.json"

@@ -13,7 +13,7 @@ import eval_cifar100
 import train_cifar100
 from utils.data.batches import Batches
 from utils.data.sampling import plan_evaluation
-from utils.evaluation import operating_points, programs, realtime
+from utils.evaluation import drift, operating_points, programs, realtime
 from utils.evaluation.early_exit import Exits
 from utils.evaluation.fast_form import load_model
 from utils.evaluation.runtime import TorchRuntime
@@ -153,6 +153,18 @@ def test_a_budget_between_two_stored_ones_takes_the_lower_and_opens_no_data_set(
                                "--images", str(images / "test" / "class0" / "0.png")]) == 0
     assert (f"Stored thresholds for {low / 1e6:.2f} x 10^6 MACs on average, the largest stored budget not above "
             f"{(low + high) / 2e6:.2f};") in capsys.readouterr().out
+
+
+def test_files_of_another_kind_than_the_hold_out_get_a_warning(images, run, tmp_path, monkeypatch):
+    assert evaluate(images, run, "--evalmode", "dynamic", "--result_dir", tmp_path) == 0
+    curve, warnings = json.loads((tmp_path / "dynamic.json").read_text()), []
+    monkeypatch.setattr(drift.logger, "warning", lambda message, *values: warnings.append(message % values))
+    for thresholds, warned in (([-1.0, -1.0], 0), ([2.0, -1.0], 1)):   # of the hold-out 95 % left at the first exit
+        points = [{**point, "thresholds": thresholds, "valid_exit_share": [0.95, 0.05]} for point in curve["points"]]
+        (tmp_path / "dynamic.json").write_text(json.dumps({**curve, "n_valid": 5000, "points": points}))
+        assert evaluate(images, run, "--result_dir", tmp_path, "--images", *sorted(map(str, images.glob("test/*/*.png")))) == 0
+        assert len(warnings) == warned
+    assert "60 images leave at other exits than the held-out ones, beyond chance" in warnings[0]
 
 
 def test_outputs_without_a_class_folder_have_numbers(images, run, tmp_path, capsys):

@@ -30,13 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     run, out = Path(args.run), Path(args.out)
     path = run if run.is_file() else run / checkpoint.BEST
     model, saved = load_model(path)
-    points = operating_points.stored(path.parent, saved, family=THRESHOLDS.get(args.thresholds, args.thresholds))
-    if not points:
+    curve = operating_points.stored_curve(path.parent, saved, family=THRESHOLDS.get(args.thresholds, args.thresholds))
+    if not curve:
         raise UserError(f"{path.parent} has no thresholds of this checkpoint; fit them first: eval_cifar100.py --data-root "
                         f"DATA --evaluate-from {path} --evalmode dynamic{FLAGS[args.thresholds]}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; name a new folder")
-    for n, (file, difference) in enumerate(write_folder(model, saved, points, out, args.format, args.thresholds)):
+    points = curve["points"]
+    written = write_folder(model, saved, points, out, args.format, args.thresholds,
+                           hold_out=operating_points.hold_out_exits(curve))
+    for n, (file, difference) in enumerate(written):
         checked = "" if difference is None else f", at most {difference:.1e} of an output's largest value from PyTorch"
         print(f"{out / file.name}: exit {n + 1} of {model.n_exits}, {file.stat().st_size / 1e6:.2f} MB{checked}", flush=True)
     print(f"{out / ABOUT}: thresholds of {len(points)} budgets, costs, class names")

@@ -7,12 +7,14 @@ import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from adaptive_inference import evaluate_thresholds
+from models import BoostedNet
 from op_counter import measure_model
 from utils.core import distributed
 from utils.core.errors import UserError
@@ -23,8 +25,9 @@ from utils.data.decoders import PillowDecoder, decode, evaluation_crop
 from utils.data.folders import EXTENSIONS
 from utils.evaluation import operating_points
 from utils.evaluation.confidence import read_exits
+from utils.evaluation.drift import ExitMonitor
 from utils.evaluation.early_exit import Exits
-from utils.evaluation.runtime import open_runtime
+from utils.evaluation.runtime import Runtime, open_runtime
 from utils.options.catalog import THRESHOLDS
 from utils.runs.restore import name_outputs, restore, spec_of
 
@@ -51,40 +54,59 @@ def classify_files(args: argparse.Namespace, saved: dict[str, Any], open_data: C
     source = Path(args.evaluate_from).parent
     of_flags = {**spec_of(args, saved).to_checkpoint(), "dataset": args.dataset}   # what other programs' files do not say
     runtime = open_runtime(args.runtime, model, of_flags | saved, source, args.policy)
-    folder = Path(args.result_dir or source)
+    chosen = _choose_thresholds(args, saved, model, reading, runtime, macs, open_data)
+    results = _run(runtime.early_exit(chosen.thresholds), images, args.batch_size, device)
+    names = name_outputs(saved.get("class_names"), args.num_classes)
+    if args.predictions:
+        write_predictions(Path(args.predictions), files, results, names, macs)
+    _print(files, results, names, macs, chosen.origin, args.policy)
+    if chosen.monitor:
+        chosen.monitor.add(np.bincount(results.exit.numpy(), minlength=len(macs)).tolist())
+        chosen.monitor.summary()   # warns if these images are of another kind
+
+
+class Chosen(NamedTuple):
+    """Thresholds, where they are from in words, and where the held-out images left."""
+
+    thresholds: Sequence[float]
+    origin: str
+    monitor: ExitMonitor | None
+
+
+def _choose_thresholds(args: argparse.Namespace, saved: dict[str, Any], model: BoostedNet, reading: dict[str, Any],
+                       runtime: Runtime, macs: Sequence[int], open_data: Callable[[], Any]) -> Chosen:
+    """Stored thresholds that fit the flags; but for a promise, new ones where there are none."""
+    folder = Path(args.result_dir or Path(args.evaluate_from).parent)
     budget = args.budget[0] if args.budget else None
     if budget:
         operating_points.check(macs, budget)
     family = "promise" if args.max_drop is not None else THRESHOLDS[args.thresholds]
-    points = operating_points.stored(folder, saved, args.save_suffix, temperatures=model.temperatures, family=family, **reading)
+    curve = operating_points.stored_curve(folder, saved, args.save_suffix, temperatures=model.temperatures, family=family,
+                                          **reading)
+    points = curve["points"] if curve else []
     if family == "promise":
-        point = next((point for point in points if (point["max_drop"], point["confidence_level"])
-                      == (args.max_drop, args.confidence_level)), None)
-    else:
-        point = operating_points.choose(points, macs, budget)
-    kind = "Optimised thresholds" if family == "optimised" else "Thresholds"
-    if family == "promise":
+        wanted = args.max_drop, args.confidence_level
+        point = next((point for point in points if (point["max_drop"], point["confidence_level"]) == wanted), None)
         if not point:
             raise UserError(f"{folder} has no such promise of this checkpoint; make it first, with --evalmode dynamic --max_drop "
                             f"{args.max_drop:g} --confidence_level {args.confidence_level:g} and without --images")
-        thresholds = point["thresholds"]
         origin = (f"Stored thresholds that lose at most {args.max_drop:g} points with probability {args.confidence_level:g}, for "
                   f"{millions(point['budget'])} x 10^6 MACs on average")
-    elif point:
-        thresholds = point["thresholds"]
+        return Chosen(point["thresholds"], origin, operating_points.monitor(curve, points.index(point)))
+    kind = "Optimised thresholds" if family == "optimised" else "Thresholds"
+    point = operating_points.choose(points, macs, budget)
+    if point:
         origin = f"Stored {kind[0].lower() + kind[1:]} for {millions(point['budget'])} x 10^6 MACs on average"
         if budget and millions(point["budget"]) != millions(budget):
             origin += f", the largest stored budget not above {millions(budget)}"
-    else:
-        data, budget = open_data(), budget or operating_points.between(macs, 0.5)
-        operating_points.require_hold_out(data)
-        thresholds, = operating_points.fit_all(runtime.predict(data.valid()), macs, [budget], args.thresholds)
-        origin = f"{kind} for {millions(budget)} x 10^6 MACs on average"
-    results = _run(runtime.early_exit(thresholds), images, args.batch_size, device)
-    names = name_outputs(saved.get("class_names"), args.num_classes)
-    if args.predictions:
-        write_predictions(Path(args.predictions), files, results, names, macs)
-    _print(files, results, names, macs, origin, args.policy)
+        return Chosen(point["thresholds"], origin, operating_points.monitor(curve, points.index(point)))
+    data, budget = open_data(), budget or operating_points.between(macs, 0.5)
+    operating_points.require_hold_out(data)
+    valid = runtime.predict(data.valid())
+    thresholds, = operating_points.fit_all(valid, macs, [budget], args.thresholds)
+    share = evaluate_thresholds(valid.confidence, valid.correct, thresholds, macs)[2]
+    return Chosen(thresholds, f"{kind} for {millions(budget)} x 10^6 MACs on average",
+                  ExitMonitor(share, valid.n_samples, macs, thresholds=args.thresholds))
 
 
 def image_files(paths: Sequence[str]) -> list[str]:

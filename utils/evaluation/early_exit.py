@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models import BoostedNet, map_state
 from utils.evaluation.confidence import Measure, confidence
+from utils.evaluation.drift import ExitMonitor, Summary
 
 # Batches shrink to a few sizes only, so many between a number and its double: oneDNN builds code for every size it meets, and
 # keeps 1024 pieces of it, which is fewer than MSDNet-10 has for eleven sizes. 8 measured well (docs/evaluation.md).
@@ -51,13 +52,15 @@ class EarlyExit:
         costs: (n_exits,) cumulative cost of every exit, in the unit of `max_cost`.
         sizes_per_doubling: sizes a batch may have between a number and its double, a power of two; None allows every size.
         measure: what is held against the thresholds, from 0 to 1; those of `utils.evaluation.confidence` that look at one exit.
+        monitor: counts at which exits inputs leave, for `summary`; without one nothing is counted.
     Raises:
-        ValueError: when there is not one threshold, not NaN, and one rising cost per exit.
+        ValueError: when there is not one threshold, not NaN, one rising cost and one share of the monitor per exit.
     """
 
     def __init__(self, model: BoostedNet, thresholds: Sequence[float] | np.ndarray | Tensor,
                  costs: Sequence[float] | np.ndarray | Tensor | None = None, *,
-                 sizes_per_doubling: int | None = SIZES_PER_DOUBLING, measure: Measure = confidence) -> None:
+                 sizes_per_doubling: int | None = SIZES_PER_DOUBLING, measure: Measure = confidence,
+                 monitor: ExitMonitor | None = None) -> None:
         if not isinstance(model, BoostedNet):
             raise ValueError(f"EarlyExit runs a BoostedNet, got {type(model).__name__}; wrap a backbone: "
                              "BoostedNet(backbone, temperatures)")
@@ -66,6 +69,19 @@ class EarlyExit:
         self.costs = None if costs is None else _as_list(costs)
         if self.costs is not None and (len(self.costs) != model.n_exits or not _rises(self.costs)):
             raise ValueError(f"costs must be {model.n_exits} positive, rising numbers, one per exit, got {self.costs}")
+        self.monitor = monitor
+        if monitor and len(monitor.held_out_share) != model.n_exits:
+            raise ValueError(f"the monitor is of {len(monitor.held_out_share)} exits, the network has {model.n_exits}")
+
+    def summary(self) -> Summary:
+        """Where inputs have left so far, beside the held-out images (`ExitMonitor.summary`).
+
+        Raises:
+            ValueError: without a monitor.
+        """
+        if self.monitor is None:
+            raise ValueError("nothing was counted: pass monitor=ExitMonitor(...) to EarlyExit")
+        return self.monitor.summary()
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, max_cost: float | None = None, deadline_ms: float | None = None) -> Exits:
@@ -90,7 +106,7 @@ class EarlyExit:
             self.model.train()
 
     def _run(self, x: Tensor, last: int, deadline: _Deadline) -> Exits:
-        backbone, running = self.model.backbone, _Running(x)
+        backbone, running, monitor = self.model.backbone, _Running(x), self.monitor
         live = getattr(backbone, "live", lambda n, state: state)   # the part of a state that has been written to
         if len(x) == 0:
             return running.results
@@ -108,6 +124,8 @@ class EarlyExit:
             stays = running.present((certainty < threshold).cpu().numpy())   # here the host waits for the device
             deadline.waited()
             n_left = len(stays) - int(np.count_nonzero(stays))
+            if monitor:
+                monitor.decided(n, n_left - running.n_left, len(stays) - n_left)
             if n_left == running.n_left:
                 continue
             running.write(n, scores, certainty)
@@ -118,6 +136,8 @@ class EarlyExit:
                 state, scores = running.shrink(stays, size, state, scores, partial(live, n))
             else:
                 running.mark(stays)
+        if monitor:
+            monitor.ended(reached, len(running.places) - running.n_left)
         running.write(reached, scores, self.measure(scores))
         return running.results
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from utils.core.errors import UserError
+from utils.evaluation.drift import ExitMonitor, Summary
 
 FORMATS = (2,)
 MIN_VERSION = (1, 22)   # of ONNX Runtime: the first that lets a program set its thread pools
@@ -150,18 +151,32 @@ class OnnxEarlyExit:
         thresholds: (n_exits,), the last one is not used; as in model.json, or from `adaptive_inference.fit_thresholds`.
         costs: (n_exits,) cumulative cost of every exit, in the unit of `max_cost`; default: MACs.
         measure: what is held against the thresholds, a name in MEASURES.
+        monitor: counts at which exits inputs leave, for `summary`; without one nothing is counted.
     Raises:
-        UserError: when there is not one threshold, not NaN, per exit.
+        UserError: when there is not one threshold, not NaN, and one share of the monitor per exit.
     """
 
     def __init__(self, programs: OnnxPrograms, thresholds: Sequence[float], costs: Sequence[float] | None = None, *,
-                 measure: str = "confidence") -> None:
+                 measure: str = "confidence", monitor: ExitMonitor | None = None) -> None:
         self.programs, self.measure = programs, MEASURES[measure]
         self.thresholds = np.asarray(thresholds, np.float64)
         if self.thresholds.shape != (programs.n_exits,) or np.isnan(self.thresholds).any():
             raise UserError(f"thresholds must be {programs.n_exits} numbers, one for each exit, got {list(thresholds)}")
         self.costs = list(costs if costs is not None else programs.about["macs"])
         self.temperatures = programs.about.get("calibration") or [1.0] * programs.n_exits
+        self.monitor = monitor
+        if monitor and len(monitor.held_out_share) != programs.n_exits:
+            raise UserError(f"the monitor is of {len(monitor.held_out_share)} exits, the network has {programs.n_exits}")
+
+    def summary(self) -> Summary:
+        """Where inputs have left so far, beside the held-out images (`ExitMonitor.summary`).
+
+        Raises:
+            UserError: without a monitor.
+        """
+        if self.monitor is None:
+            raise UserError("nothing was counted: pass monitor=ExitMonitor(...) to OnnxEarlyExit")
+        return self.monitor.summary()
 
     def __call__(self, images: np.ndarray, max_cost: float | None = None, deadline_ms: float | None = None) -> OnnxExits:
         """Classify a batch.
@@ -198,6 +213,12 @@ class OnnxEarlyExit:
                 continue
             certainty = self.measure(softmax(scores, self.temperatures[n]))
             leaves = np.full(len(rows), True) if final else certainty >= threshold
+            if self.monitor:
+                n_leaving = int(np.count_nonzero(leaves))
+                if final:
+                    self.monitor.ended(n, n_leaving)
+                else:
+                    self.monitor.decided(n, n_leaving, len(rows) - n_leaving)
             if leaves.any():
                 left = rows[leaves]
                 results.prediction[left] = scores[leaves].argmax(axis=1)

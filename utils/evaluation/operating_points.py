@@ -13,8 +13,10 @@ from utils.core.errors import UserError
 from utils.core.files import misfit, read_json
 from utils.core.log import say
 from utils.core.tables import millions
+from utils.evaluation.drift import ExitMonitor
 from utils.evaluation.predict import Predictions
 from utils.evaluation.thresholds import optimised_thresholds
+from utils.options.catalog import THRESHOLDS
 from utils.runs.checkpoint import hash_weights
 from utils.runs.result_files import stem
 
@@ -24,6 +26,9 @@ logger = logging.getLogger("boostnet")
 DEFAULT_BUDGETS = (0.1, 0.275, 0.45, 0.625, 0.8)
 # What is read of a stored point.
 POINT = {"budget": float, "test_top1": float, "thresholds": [float]}
+
+# What kind of thresholds the points of each family have.
+NAMES = {**{family: name for name, family in THRESHOLDS.items()}, "promise": "promise"}
 
 # A hold-out mean cost further than this from its budget is pointed out.
 MISSED_BUDGET = 0.005
@@ -80,9 +85,15 @@ def warn_of_missed_budgets(points: Sequence[dict[str, Any]], n_valid: int) -> No
         say(f"warning: thresholds from {n_valid} held-out images do not meet these budgets more closely: {', '.join(missed)}")
 
 
-def stored(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperatures: Sequence[float] | None = None,
-           ensemble: str | None = None, policy: str = "confidence", family: str = "eq9") -> list[dict[str, Any]]:
-    """Points that `--evalmode dynamic` wrote for this very checkpoint; [] where there are none.
+def stored(folder: Path, saved: dict[str, Any], suffix: str = "", **reading: Any) -> list[dict[str, Any]]:
+    """The points of `stored_curve`; [] where there is none."""
+    curve = stored_curve(folder, saved, suffix, **reading)
+    return curve["points"] if curve else []
+
+
+def stored_curve(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperatures: Sequence[float] | None = None,
+                 ensemble: str | None = None, policy: str = "confidence", family: str = "eq9") -> dict[str, Any] | None:
+    """What `--evalmode dynamic` wrote of the thresholds of this very checkpoint; None where there is nothing.
 
     Thresholds that were fitted where half precision had made confidences equal are not taken, and the log says so.
 
@@ -99,7 +110,7 @@ def stored(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperature
     try:
         curve = read_json(path, {"macs": [float], "points": list})
     except (FileNotFoundError, NotADirectoryError):
-        return []
+        return None
     split = saved.get("split")
     trained = {"method": saved.get("method"), "config": saved.get("architecture")}
     weights = curve.get("weights_hash")   # older files have none
@@ -108,7 +119,7 @@ def stored(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperature
             and all(how is None or curve.get(name) == how for name, how in trained.items())
             and curve.get("split_hash") == (split["hash"] if split else None))
     if not same or curve.get("family") != family or curve.get("flat"):
-        return []
+        return None
     problem = misfit(curve["points"], [POINT], "points")
     if not problem and any(len(point["thresholds"]) != len(curve["macs"]) for point in curve["points"]):
         problem = "a point has not one threshold for each exit"
@@ -117,8 +128,29 @@ def stored(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperature
     if is_of_half_precision(curve) and any(1.0 in point["thresholds"] for point in curve["points"]):
         logger.warning("%s is not used: its thresholds were fitted on confidences in half precision, where all above 1 - 2^-12 "
                        "are equal; publish the checkpoint again", path)
-        return []
-    return curve["points"]
+        return None
+    return curve
+
+
+def hold_out_exits(curve: dict[str, Any]) -> dict[str, Any] | None:
+    """Number of held-out images of a stored curve, and (n_points, n_exits) shares of them that leave at each exit.
+
+    None where the file does not say.
+    """
+    n_images, shares = curve.get("n_valid"), [point.get("valid_exit_share") for point in curve["points"]]
+    if misfit([n_images], [int]) or misfit(shares, [[float]]):
+        return None
+    if any(len(share) != len(curve["macs"]) or abs(sum(share) - 1) > 1e-6 for share in shares):
+        return None
+    return {"n_images": n_images, "exit_share": shares}
+
+
+def monitor(curve: dict[str, Any], i: int) -> ExitMonitor | None:
+    """Counts where inputs leave under the thresholds of point i; None where the file does not say where the hold-out left."""
+    found = hold_out_exits(curve)
+    if not found:
+        return None
+    return ExitMonitor(found["exit_share"][i], found["n_images"], curve["macs"], thresholds=NAMES[curve["family"]])
 
 
 def is_of_half_precision(about: dict[str, Any]) -> bool:
