@@ -121,8 +121,8 @@ def _mistake(args: Namespace) -> str | None:
         return "argument --policy: patience is simulated only, and takes neither --images nor --evalmode realtime"
     if not args.images and args.evalmode == "dynamic" and (alone := {"runtime", "predictions"} & given):
         return f"argument --{min(alone)}: has no effect with --evalmode dynamic, only with realtime or --images"
-    if args.predictions and not args.images and len(args.budget or []) != 1:
-        return "argument --predictions: is of one operating point; give one --budget"
+    if args.predictions and not args.images and len(args.budget or []) != 1 and args.max_drop is None:
+        return "argument --predictions: is of one operating point; give one --budget, or --max_drop"
     if args.images and (len(args.budget or []) > 1 or args.cost == "latency"):
         return "argument --images: takes at most one --budget, in MACs"
     return None

@@ -287,7 +287,7 @@ MISTAKES = [
     ("--max_drop 1 --confidence_level 0.4", "--confidence_level"),
     ("--confidence_level 0.9", "--confidence_level"),
     *((f"--max_drop 1 {more}", "--max_drop") for more in (
-        "--evalmode realtime", "--evalmode anytime", "--budget 4e6", "--cost latency", "--flat_curve",
+        "--evalmode anytime", "--budget 4e6", "--flat_curve",
         "--sweep released", "--policy patience --evalmode dynamic", "--evaluate-from a.pth --paper_protocol --evalmode dynamic")),
     ("--evaluate-from a.pth --publish b --thresholds optimised", "--publish"),
     ("--evaluate-from a.pth --publish b --max_drop 1", "--publish"),

@@ -260,6 +260,10 @@ def test_weights_without_a_split_are_evaluated_under_a_budget_on_images_that_are
     capsys.readouterr()
     message = tiny.one_line_error(capsys, lambda: evaluate(images, weights, "--evalmode", "dynamic"))
     assert "let --use-valid draw" in message
+    for mode in ("dynamic", "realtime"):   # a promise is not made on images that were drawn afterwards
+        message = tiny.one_line_error(capsys, lambda mode=mode: evaluate(
+            images, weights, "--evalmode", mode, "--use-valid", "--seed", "3", "--valid_size", "8", "--max_drop", "40"))
+        assert "surely held out of training" in message
     message = tiny.one_line_error(capsys, lambda: evaluate(images, weights, "--evalmode", "dynamic", "--seed", "3"))
     assert "--seed has no effect without --use-valid" in message
 
@@ -273,6 +277,9 @@ def test_the_order_of_images_beside_the_weights_says_what_is_held_out(images, we
     assert result["split_hash"] == Split.from_permutation(labels, order, 8).hash
     assert "last 8 images of" in caplog.text and "index.pth" in caplog.text
     capsys.readouterr()
+    message = tiny.one_line_error(capsys, lambda: evaluate(images, weights, "--max_drop", "40", "--use-valid", "--valid_size",
+                                                           "8"))
+    assert "surely held out of training" in message
     message = tiny.one_line_error(capsys, lambda: evaluate(images, weights, "--evalmode", "dynamic", "--use-valid"))
     assert "pass --use-valid --valid_size" in message
     torch.save(order[:40], weights.parent / "index.pth")

@@ -14,6 +14,7 @@ import eval_cifar100
 import train_cifar100
 from adaptive_inference import budget_grid, evaluate_thresholds, exit_index, fit_thresholds
 from utils import export, plots, publish, report
+from utils.evaluation import realtime
 from utils.evaluation.published import load_arrays
 from utils.evaluation.thresholds import (
     BestShares,
@@ -373,6 +374,29 @@ def test_promise_through_the_entry_points(images, run, tmp_path, capsys):
     assert described["thresholds"] == "promise"
     assert described["budgets"] == [{"macs": point["budget"], "thresholds": point["thresholds"], "max_drop": 45.0,
                                      "confidence_level": 0.6, "test_top1": point["test_top1"]}]
+
+
+@pytest.mark.parametrize("cost", ["macs", "latency"])
+def test_promise_in_real_time_is_the_simulated_one(images, run, tmp_path, capsys, monkeypatch, cost):
+    monkeypatch.setattr(realtime, "measure_latency", lambda model, images: np.array([2.0, 6.0]))
+    flags = "--max_drop", 45, "--confidence_level", 0.6, "--result_dir", tmp_path
+    assert evaluate(images, run, *flags) == 0
+    simulated, = read(tmp_path / "dynamic_promise.json")["points"]
+    capsys.readouterr()
+    assert evaluate(images, run, *flags, "--evalmode", "realtime", "--cost", cost, "--predictions", tmp_path / "all.csv") == 0
+    printed = capsys.readouterr().out
+    assert "With probability 0.6" in printed and "that keep a promise" in printed and "tested part, " in printed
+    result = read(tmp_path / "realtime_promise.json")
+    point, = result["points"]
+    assert result["family"] == "promise" and point["thresholds"] == pytest.approx(simulated["thresholds"], abs=1e-5)
+    same = "max_drop", "confidence_level", "certified", "n_fit", "n_tested", "valid_drop"
+    assert [point[name] for name in same] == [simulated[name] for name in same]
+    assert point["exit_share"] == pytest.approx(simulated["test_exit_share"])
+    if cost == "latency":
+        assert 2 <= point["budget"] <= 6 and 2 <= point["valid_mean_cost"] <= 6
+    else:
+        assert point["budget"] == pytest.approx(simulated["budget"])
+    assert len((tmp_path / "all.csv").read_text().splitlines()) == 61
 
 
 def test_promise_that_cannot_be_made_and_one_on_images_that_chose_the_epoch(images, run, tmp_path, capsys):

@@ -52,15 +52,16 @@ def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torc
     # A released checkpoint says nothing about itself.
     split = data.split.to_dict() if data.split else None
     about = header({**spec.to_checkpoint(), "dataset": args.dataset, "split": split, **saved}, folder, model, data, **reading)
+    # The latest epoch is taken whatever the hold-out says, also where it happens to be the best one.
+    chosen = "hold-out" in (about["epoch_kind"] or "") and Path(args.evaluate_from).name != LATEST
     if args.publish:
         publish(model, saved, data, folder, about=about, source=source, dynamic=args.evalmode == "dynamic")
     elif args.evalmode == "realtime":
         runtime = open_runtime(args.runtime, model, {**about, "architecture": about["config"], **saved}, source, args.policy)
         evaluate_realtime(runtime, data, folder, about=about | {"runtime": args.runtime}, budgets=args.budget, cost=args.cost,
-                          thresholds=args.thresholds, suffix=args.save_suffix, predictions=args.predictions)
+                          thresholds=args.thresholds, max_drop=args.max_drop, level=args.confidence_level,
+                          chosen_on_hold_out=chosen, suffix=args.save_suffix, predictions=args.predictions)
     elif args.max_drop is not None:
-        # The latest epoch is taken whatever the hold-out says, also where it happens to be the best one.
-        chosen = "hold-out" in (about["epoch_kind"] or "") and Path(args.evaluate_from).name != LATEST
         evaluate_promise(model, data, folder, about=about, max_drop=args.max_drop, level=args.confidence_level,
                          chosen_on_hold_out=chosen, suffix=args.save_suffix)
     elif args.policy == "patience":

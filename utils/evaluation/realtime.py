@@ -24,9 +24,10 @@ from utils.evaluation.classify import write_predictions
 from utils.evaluation.early_exit import Exits
 from utils.evaluation.predict import Predictions
 from utils.evaluation.runtime import Runtime
+from utils.evaluation.thresholds import certify, describe_promise, promise_entries
 from utils.options.catalog import THRESHOLDS
 from utils.runs.restore import name_outputs
-from utils.runs.result_files import describe, stem
+from utils.runs.result_files import CHOSEN, FAMILIES, describe, stem
 
 REPEATS = 7
 PART_BYTES = 2**29   # of images that are held in memory at a time
@@ -35,8 +36,8 @@ ROUNDING = 1e-6
 
 
 def evaluate_realtime(runtime: Runtime, data, folder: Path, *, about: dict[str, Any], budgets: Sequence[float] | None = None,
-                      cost: str = "macs", thresholds: str = "geometric", suffix: str = "",
-                      predictions: str | None = None) -> dict[str, Any]:
+                      cost: str = "macs", thresholds: str = "geometric", max_drop: float | None = None, level: float = 0.95,
+                      chosen_on_hold_out: bool = False, suffix: str = "", predictions: str | None = None) -> dict[str, Any]:
     """Run early exit over the test set; prints one row per budget and writes realtime*.json.
 
     Args:
@@ -46,7 +47,9 @@ def evaluate_realtime(runtime: Runtime, data, folder: Path, *, about: dict[str, 
         cost: "macs", or "latency" for budgets in milliseconds per image. The cost of an exit is then measured here, on a
             batch of the evaluation's size.
         thresholds: "geometric" for eq. 9, or "optimised".
-        predictions: CSV file that gets a row for each test image; only with one budget.
+        max_drop: in place of budgets, the cheapest thresholds that lose at most so many points with probability `level`.
+        chosen_on_hold_out: whether the epoch was, see `describe_promise`.
+        predictions: CSV file that gets a row for each test image; only with one operating point.
     Returns:
         The content of the JSON file.
     Raises:
@@ -57,26 +60,34 @@ def evaluate_realtime(runtime: Runtime, data, folder: Path, *, about: dict[str, 
     operating_points.require_hold_out(data)
     latency_ms = measure_latency(runtime, next(iter(data.valid())).images)
     costs = latency_ms.tolist() if cost == "latency" else about["macs"]
+    promised = max_drop is not None
     budgets = budgets or [operating_points.between(costs, fraction) for fraction in operating_points.DEFAULT_BUDGETS]
     for budget in budgets:   # a budget out of range is refused before the network runs
         operating_points.check(costs, budget, cost)
     valid, test = runtime.predict(data.valid()), runtime.predict(data.test())
-    fitted = operating_points.fit_all(valid, costs, budgets, thresholds)
-    passes = _classify([runtime.early_exit(limits) for limits in fitted], data.test(), data.image_size)
+    if promised:
+        found = certify(valid.confidence.numpy(), valid.correct.numpy(), costs, max_drop, level)
+        chosen = [(found.thresholds, promise_entries(found))]
+    else:
+        chosen = [(limits, {"budget": budget}) for budget, limits in
+                  zip(budgets, operating_points.fit_all(valid, costs, budgets, thresholds))]
+    passes = _classify([runtime.early_exit(limits) for limits, _ in chosen], data.test(), data.image_size)
     points = []
-    for budget, limits, found in zip(budgets, fitted, passes):
-        promised = evaluate_thresholds(valid.confidence, valid.correct, limits, costs)[1]
-        points.append({"budget": budget, "thresholds": operating_points.finite(limits), "valid_mean_cost": promised,
-                       **_point(found, test, limits, about["macs"], latency_ms)})
+    for (limits, entries), of_test in zip(chosen, passes):
+        spent = evaluate_thresholds(valid.confidence, valid.correct, limits, costs)[1]
+        points.append({**entries, "thresholds": operating_points.finite(limits), "valid_mean_cost": spent,
+                       **_point(of_test, test, limits, about["macs"], latency_ms)})
     if predictions:
         names = name_outputs(data.class_names, data.num_classes)
         write_predictions(Path(predictions), map(str, range(test.n_samples)), passes[0].exits_of_all(), names, about["macs"])
     about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
-    result = {**about, "family": THRESHOLDS[thresholds], "cost": cost,
+    result = {**about, "family": "promise" if promised else THRESHOLDS[thresholds], "cost": cost,
               "batch_size": len(next(iter(data.test())).images), "latency_ms": latency_ms.tolist(),
               "versions": versions(next(iter(data.test())).images.device), "points": points}
     write_json(folder / f"{stem('realtime', result, suffix)}.json", result)
     _print(result)
+    if promised:
+        say(describe_promise(points[0], chosen_on_hold_out=chosen_on_hold_out))
     return result
 
 
@@ -159,12 +170,13 @@ def _print(result: dict[str, Any]) -> None:
                      f"{point['top1']:.2f}", f"{point['simulated_top1']:.2f}", f"{point['seconds']:.2f}",
                      f"{point['ms_per_image']:.4g}", f"{point['predicted_ms']:.4g}", point["n_differ"],
                      " ".join(f"{100 * share:3.0f}" for share in point["exit_share"])])
-    chosen = ", thresholds chosen for accuracy" if result["family"] == "optimised" else ""
+    chosen = f", {FAMILIES[result['family']].title}" if result["family"] in CHOSEN else ""
     title = (f"\nEarly exit in real time{chosen}: {result['arch']} {describe(result)} {result['dataset']}, "
              f"{result['n_test']} test images in batches of {result['batch_size']}, 10^6 MACs and ms per image\n"
              f"{machine['device']}, {machine['threads']} CPU threads, torch {machine['torch']}; to reach each exit "
              f"{' '.join(f'{ms:.3g}' for ms in result['latency_ms'])} ms per image")
-    say(format_table([f"budget, {unit}", f"hold-out {unit}", "test MACs", "simulated", "top-1", "simulated", "wall s",
+    asked = "tested part" if result["family"] == "promise" else "budget"
+    say(format_table([f"{asked}, {unit}", f"hold-out {unit}", "test MACs", "simulated", "top-1", "simulated", "wall s",
                       "ms/image", "predicted", "differ", "exits, %"], rows, title=title))
     n_differ, near = (sum(point[name] for point in points) for name in ("n_differ", "n_differ_by_rounding"))
     say(f"{n_differ} of {result['n_test'] * len(points)} answers differ from the simulation, {near} of them where a confidence "

@@ -394,12 +394,17 @@ def certify(confidence: np.ndarray, correct: np.ndarray, costs: Sequence[float],
     return Promise(passed, passed is not whole, max_drop, level, fitted.size, tested.size, float(drop), float(mean_cost))
 
 
+def promise_entries(found: Promise) -> dict[str, Any]:
+    """What a point of a result file says of a promise; `budget` is what the second part of the hold-out spends per input."""
+    return {"budget": found.mean_cost, "max_drop": found.max_drop, "confidence_level": found.level, "certified": found.certified,
+            "n_fit": found.n_fit, "n_tested": found.n_tested, "valid_drop": found.drop}
+
+
 def promise_point(val_confidence: np.ndarray, val_correct: np.ndarray, test_confidence: np.ndarray, test_correct: np.ndarray,
                   costs: Sequence[float], max_drop: float, level: float) -> dict[str, Any]:
-    """A promise as the point of a curve; `budget` is what the second part of the hold-out spends per input."""
+    """A promise as the point of a curve."""
     found = certify(val_confidence, val_correct, costs, max_drop, level)
-    return {"budget": found.mean_cost, "max_drop": max_drop, "confidence_level": level, "certified": found.certified,
-            "n_fit": found.n_fit, "n_tested": found.n_tested, "valid_drop": found.drop, "thresholds": found.thresholds.tolist(),
+    return {**promise_entries(found), "thresholds": found.thresholds.tolist(),
             **measure("valid", val_confidence, val_correct, found.thresholds, costs),
             **measure("test", test_confidence, test_correct, found.thresholds, costs)}
 

@@ -314,8 +314,8 @@ def _evaluation_flags(parser: argparse.ArgumentParser) -> None:
         help="how exit thresholds follow from a budget: shares of inputs that fall geometrically from exit to exit (eq. 9 of the "
              "paper), or those with the largest accuracy on the held-out images (default: %(default)s)")
     add("--max_drop", type=within(number, 0, 100, above=True, below=True), metavar="P",
-        help="dynamic, --images: instead of a budget, the cheapest thresholds whose accuracy lies at most P points below the "
-             "whole network's, with the probability of --confidence_level over the draw of the held-out images")
+        help="dynamic, realtime, --images: instead of a budget, the cheapest thresholds whose accuracy lies at most P points "
+             "below the whole network's, with the probability of --confidence_level over the draw of the held-out images")
     add("--confidence_level", type=within(number, 0.5, 1, below=True), default=0.95, metavar="C",
         help="probability of --max_drop (default: %(default)s)")
     add("--sweep", choices=("released",), help="dynamic: the 39 exit distributions of the authors' program instead")

@@ -96,10 +96,12 @@ def hold_out(args: argparse.Namespace, saved: dict[str, Any], split: Split | Non
     Args:
         split: the checkpoint's own.
     Raises:
-        UserError: for an index.pth that is something else, or --seed where nothing is drawn.
+        UserError: for an index.pth that is something else, --seed where nothing is drawn, or a promise without a split.
     """
     if "split" in saved:
         return {"split": split}
+    if args.max_drop is not None:
+        raise UserError(f"--max_drop needs images that were surely held out of training; {args.evaluate_from} knows of none")
     stored = Path(args.evaluate_from).with_name(INDEX)
     drawn = args.use_valid and ("seed" in args.explicit or not stored.exists())
     if "seed" in args.explicit and not drawn and not args.paper_protocol:
