@@ -153,6 +153,69 @@ def test_boosted_self_distillation_is_the_boosted_loss_plus_the_divergence_of_th
     torch.testing.assert_close(outcome.total, 0.5 * (ce + 0.35 * kl))
 
 
+def smoothed(predictions: list[torch.Tensor], labels: torch.Tensor, share: float) -> torch.Tensor:
+    """Cross entropies (n_exits, B) of targets with this share spread evenly over the classes, by the definition."""
+    logs = torch.stack([p.log_softmax(dim=1) for p in predictions])
+    of_label = logs[:, torch.arange(len(labels)), labels]
+    return -(1 - share) * of_label - share * logs.mean(dim=2)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_smooths_the_labels_of_its_cross_entropies_and_of_nothing_else(name):
+    more = {"imta": "--checkpoint c.pth", "block_losses": "--overlap 1 --distill_weight 0.35"}.get(name, "")
+    args = cli.parse_args(f"--method {name} --label_smoothing 0.2 {more}".split())
+    model, (x, y) = network(boosted=METHODS[name].boosted), batch()
+    model.backbone = (CollaborativeNet(model.backbone) if name == "imta" else model.backbone).double()
+    learner = build_method(args, model.train(), still(model), network=model)
+    weights = []
+    if "l2w" in name:
+        weights.append(learner.weights)
+        learner.weights = lambda *a: weights.append(weights[0](*a)) or weights[-1]
+    outcome = learner.loss(x, y)
+    by_hand = smoothed(outcome.predictions, y, 0.2)
+    torch.testing.assert_close(outcome.per_sample, by_hand, rtol=1e-12, atol=1e-12)
+    per_exit, predictions = by_hand.mean(dim=1), outcome.predictions
+    if name == "imta":
+        teacher = model.backbone.with_teacher(x)[1]
+        expected = per_exit[-1] + sum(0.1 * loss + 0.9 * 9 * divergence(p, teacher, 3.0)
+                                      for loss, p in zip(per_exit[:-1], predictions))
+    elif "l2w" in name:
+        expected = (weights[1] * by_hand).mean(dim=1).sum()
+        torch.testing.assert_close(weights[1], weights[0](predictions, by_hand), rtol=1e-12, atol=1e-12)
+        assert not torch.allclose(weights[1], weights[0](predictions, smoothed(predictions, y, 0.0)))
+    else:
+        divergences = [divergence(p, predictions[-1], 2.5) for p in predictions[:-1]] if args.distill_weight else []
+        expected = per_exit.sum() + sum(0.35 * d for d in divergences)
+    torch.testing.assert_close(outcome.total, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_trial_and_the_held_out_loss_of_sample_weighting_are_smoothed():
+    model, (x, y) = network(boosted=False), batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    method = l2w.SampleWeighting(model, optimizer, epsilon=0.0, label_smoothing=0.2)
+    found = method.meta_loss(x[:3], y[:3], x[3:], y[3:])
+    optimizer.zero_grad()
+    smoothed(model(x[:3]), y[:3], 0.2).mean(dim=1).sum().backward()   # with epsilon 0 every weight is 1
+    optimizer.step()
+    predictions = model(x[3:])
+    by_hand = smoothed(predictions, y[3:], 0.2)
+    confidence = torch.stack([p.softmax(dim=1).amax(dim=1) for p in predictions])
+    expected = sum(by_hand[n, index].mean() for n, index in enumerate(l2w.leaving(confidence, method.shares)) if len(index))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_run_says_that_its_losses_are_smoothed_and_one_without_smoothing_says_nothing(images, finished, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert train_cifar100.main(command(images, tmp_path, "--label_smoothing", "0.1", "--epochs", "1")) == 0
+    for run, smoothing, tag in ((tmp_path, 0.1, "train_loss_smoothed/exit1"), (finished("boost"), None, "train_loss/exit1")):
+        [entry, *_] = json.loads((run / "results.json").read_text())["epochs"]
+        assert entry.get("label_smoothing") == smoothing
+        events = EventAccumulator(str(run / "log"))
+        events.Reload()
+        assert [name for name in events.Tags()["scalars"] if "loss" in name and name.endswith("exit1")] == [tag]
+
+
 @pytest.mark.parametrize(("method", "more"), [("boost_distill", []), ("block_losses", ["--overlap", "1"])])
 def test_a_teacher_s_last_exit_teaches_every_exit_and_is_not_trained(method, more):
     flags = ["--result_dir", "run", "--method", method, "--teacher", "file.pth", "--distill_weight", "0.2", "--distill_T", "1.5"]

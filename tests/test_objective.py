@@ -29,6 +29,13 @@ def test_two_exits_by_hand():
     assert ExitLosses()(per_sample).item() == pytest.approx(first + (easy + hard) / 2, rel=1e-6)
 
 
+def test_smoothed_targets_by_hand():
+    """With 0.1 of two classes: 0.95 of the label's cross entropy and 0.05 of the other class's."""
+    easy, hard = 0.3132617, 1.3132617
+    found = cross_entropies(_predictions([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]), 0.1)
+    torch.testing.assert_close(found, torch.tensor([[0.95 * easy + 0.05 * hard, 0.95 * hard + 0.05 * easy]]))
+
+
 def test_equalised_loss_divides_by_the_moving_average_and_starts_from_the_first_value():
     objective, y = ExitLosses(equalise=True), torch.tensor([0])
     a = torch.tensor([0.5, 2.0])

@@ -317,8 +317,8 @@ def finished(images, tmp_path_factory) -> Path:
 
 CHANGES = ["--nBlocks 3", "--nChannels 8", "--arch msdnet", "--method joint", "--ensemble_reweight 0.2", "--trainable_ensemble",
            "--seed 1", "--valid_size 9", "--batch-size 16", "--optimizer adam", "--lr_f 0.2", "--lr-type cosine",
-           "--lr-type linear", "--lr_milestones 2", "--decay-rate 0.5", "--nesterov",
-           "--warmup_epochs 0.5", "--momentum 0.8", "--weight-decay 0", "--loss_equal", "--dataset glyphs",
+           "--lr-type linear", "--lr_milestones 2", "--decay-rate 0.5", "--nesterov", "--warmup_epochs 0.5",
+           "--label_smoothing 0.1", "--momentum 0.8", "--weight-decay 0", "--loss_equal", "--dataset glyphs",
            "--amp bf16", "--channels_last", "--compile"]
 
 

@@ -46,6 +46,7 @@ def build_method(args: argparse.Namespace, model: BoostedNet, optimizer: torch.o
     """
     method = method_class(args.method)
     options: dict[str, Any] = method.options(args) | ({"teacher": teacher} if teacher else {})
+    options["label_smoothing"] = args.label_smoothing
     try:
         return method(model, optimizer, network=network, **options)
     except ValueError as error:

@@ -19,7 +19,7 @@ class Outcome(NamedTuple):
         total: scalar to call backward on.
         predictions: n_exits x (B, num_classes).
         labels: (B,).
-        per_sample: (n_exits, B) cross entropies, without gradient.
+        per_sample: (n_exits, B) cross entropies, smoothed where the method smooths labels, without gradient.
     """
 
     total: Tensor
@@ -40,6 +40,7 @@ class Method:
         network: what to call for predictions in training: another form of the model, with the same parameters and buffers
             (`training_forward`), and for methods that catalog.METHODS says are one call also a wrapper around it
             (DistributedDataParallel). Default: the model itself.
+        label_smoothing: of every cross entropy in training, see `losses.cross_entropies`.
         equalise: see `ExitLosses`.
     Attributes:
         other_optimizers: of networks of the method's own; each rate falls to zero as a cosine over the run.
@@ -48,8 +49,9 @@ class Method:
     other_optimizers: tuple[torch.optim.Optimizer, ...] = ()
 
     def __init__(self, model: BoostedNet, optimizer: torch.optim.Optimizer, *, network: nn.Module | None = None,
-                 equalise: bool = False) -> None:
+                 label_smoothing: float = 0.0, equalise: bool = False) -> None:
         self.model, self.optimizer, self.network = model, optimizer, network or model
+        self.label_smoothing = label_smoothing
         self.objective = ExitLosses(equalise)
 
     @classmethod
@@ -84,12 +86,16 @@ class Method:
     def loss(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome:
         """Forward pass and loss."""
         predictions = self.predict(images)
-        per_sample = cross_entropies(predictions, labels)
+        per_sample = self.cross_entropies(predictions, labels)
         return Outcome(self.objective(per_sample, share), predictions, labels, per_sample.detach())
 
     def predict(self, images: Tensor) -> list[Tensor]:
         """Predictions of all exits in training, n_exits x (B, num_classes)."""
         return self.network(images)
+
+    def cross_entropies(self, predictions: list[Tensor], labels: Tensor) -> Tensor:
+        """Cross entropies in training, (n_exits, B)."""
+        return cross_entropies(predictions, labels, self.label_smoothing)
 
     def backward(self, total: Tensor) -> None:
         """Put the gradients of the loss into the parameters."""

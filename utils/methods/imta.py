@@ -9,7 +9,7 @@ from torch import Tensor
 from models import BoostedNet
 from utils.core.errors import UserError
 from utils.methods.base import Method, Outcome
-from utils.methods.losses import cross_entropies, divergence
+from utils.methods.losses import divergence
 from utils.runs import checkpoint
 
 
@@ -51,7 +51,7 @@ class Collaboration(Method):
 
     def loss(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome:
         predictions, teacher = self.model.backbone.with_teacher(images)
-        per_sample = cross_entropies(predictions, labels)
+        per_sample = self.cross_entropies(predictions, labels)
         *earlier, last = per_sample.mean(dim=1)
         total = last + sum((1 - self.gamma) * loss + self.scale * divergence(p, teacher, self.temperature)
                            for loss, p in zip(earlier, predictions))

@@ -11,7 +11,6 @@ from torch.func import functional_call
 
 from adaptive_inference import released_shares
 from utils.methods.base import Method, Outcome
-from utils.methods.losses import cross_entropies
 
 CENTRED_OVER = {"row": 1, "col": 0, "mat": (0, 1)}   # dimension of (n_exits, B): samples, exits, both
 
@@ -93,7 +92,7 @@ class SampleWeighting(Method):
 
     def loss(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome:
         predictions = self.predict(images)
-        per_sample = cross_entropies(predictions, labels)
+        per_sample = self.cross_entropies(predictions, labels)
         with torch.no_grad():
             weights = self.weights(predictions, per_sample)
         return Outcome(self.objective(weights * per_sample, share), predictions, labels, per_sample.detach())
@@ -118,14 +117,14 @@ class SampleWeighting(Method):
         """Loss of the held-out half after a trial step, a function of the weight network's parameters."""
         parameters = dict(self.network.named_parameters())
         predictions = self._trial(parameters, images)
-        per_sample = cross_entropies(predictions, labels)
+        per_sample = self.cross_entropies(predictions, labels)
         weighted = self.objective(self.weights(predictions, per_sample) * per_sample)
         # Parameters that no exit reads have no gradient, and the optimiser leaves them alone.
         gradients = torch.autograd.grad(weighted, list(parameters.values()), create_graph=True, allow_unused=True)
         group_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}
         moved = {name: self._after_sgd(p, g, group_of[p]) for (name, p), g in zip(parameters.items(), gradients)}
         predictions = self._trial(moved, held_out_images)
-        per_sample = cross_entropies(predictions, held_out_labels)
+        per_sample = self.cross_entropies(predictions, held_out_labels)
         leavers = leaving(_confidences(predictions), self.shares)
         return sum(per_sample[n, index].mean() for n, index in enumerate(leavers) if len(index))
 

@@ -8,9 +8,12 @@ from torch import Tensor
 from utils.core.distributed import sum_over_ranks, world_size
 
 
-def cross_entropies(predictions: list[Tensor], labels: Tensor) -> Tensor:
-    """Cross entropy (n_exits, B) of every exit and sample, for n_exits predictions (B, num_classes) and labels (B,)."""
-    return torch.stack([F.cross_entropy(p, labels, reduction="none") for p in predictions])
+def cross_entropies(predictions: list[Tensor], labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross entropy (n_exits, B) of every exit and sample, for n_exits predictions (B, num_classes) and labels (B,).
+
+    With label smoothing E (arXiv:1512.00567, section 7) the target is 1 - E for the label, plus E spread evenly over all classes.
+    """
+    return torch.stack([F.cross_entropy(p, labels, reduction="none", label_smoothing=label_smoothing) for p in predictions])
 
 
 def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -266,6 +266,8 @@ def _training_flags(parser: argparse.ArgumentParser) -> None:
              "steps; default: at the end of an epoch)")
     add("--momentum", type=within(number, 0, 1, below=True), default=0.9, metavar="X",
         help="of sgd and rmsprop (default: %(default)s)")
+    add("--label_smoothing", type=within(number, 0, 1, below=True), default=0.0, metavar="X",
+        help="share of every target that is spread evenly over the classes, in all cross entropies of training (default: 0)")
     add("--nesterov", action="store_true", help="sgd: Nesterov's momentum")
     add("--weight-decay", "--wd", type=list_of(not_negative, ",", "1e-4,5e-4"), default="1e-4", metavar="X[,X]",
         help="two values: from the first to the last of MSDNet's blocks (default: %(default)s)")

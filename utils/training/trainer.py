@@ -170,7 +170,7 @@ class Trainer:
 
     def _train_steps(self, signals: StopSignals) -> bool:
         """The steps of an epoch that are still to do; False when a signal came before its end."""
-        figures = self.figures
+        figures, smoothing = self.figures, self.method.label_smoothing
         batches = self.data.train(self.epoch, first_batch=figures.steps)
         n_steps = figures.steps + len(batches)
         counted = time.perf_counter()
@@ -195,7 +195,7 @@ class Trainer:
                         self._save()
                     if not progress.disable:
                         loss = figures.sums[0].sum() / max(figures.samples, 1)
-                        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                        progress.set_postfix({"smoothed loss" if smoothing else "loss": f"{loss.item():.3f}"}, refresh=False)
                 # Several processes agree only now and then: asking all of them makes each wait for its device.
                 return (distributed.world_size() == 1 or step % self.print_freq == 0) and self._stop(signals)
 
@@ -227,7 +227,9 @@ class Trainer:
     def _finish_epoch(self) -> None:
         """Validate, write down and save an epoch whose steps are done."""
         figures = self.figures
+        smoothing = self.method.label_smoothing
         entry = {"epoch": self.epoch + 1, "lr": self.schedule(self.epoch), **figures.summary(),
+                 **({"label_smoothing": smoothing} if smoothing else {}),   # of train_loss
                  "skipped_steps": figures.skipped, "seconds": round(figures.seconds, 3),
                  "images_per_s": round(self.data.n_train / figures.seconds, 1)}
         distributed.share_buffers(self.model)
@@ -306,7 +308,8 @@ class Trainer:
     def _write_scalars(self, entry: dict[str, Any]) -> None:
         scalars = {"lr": entry["lr"], "images_per_s": entry["images_per_s"]}
         for name in ("train_loss", "train_top1", "valid_share", "valid_top1", "test_top1"):
-            scalars |= {f"{name}/exit{n + 1}": value for n, value in enumerate(entry.get(name) or [])}
+            title = "train_loss_smoothed" if name == "train_loss" and "label_smoothing" in entry else name
+            scalars |= {f"{title}/exit{n + 1}": value for n, value in enumerate(entry.get(name) or [])}
         self.run.scalars(scalars, entry["epoch"])
 
 
