@@ -66,12 +66,13 @@ def _fill_in(args: Namespace) -> None:
             setattr(args, name, value)
     if "cost" not in args.explicit and any(isinstance(value, Milliseconds) for value in args.budget or []):
         args.cost = "latency"
-    if args.cost == "latency" and args.evalmode == "dynamic":   # time is measured, not simulated
+    in_time = args.cost == "latency" and not args.images   # `_mistake` refuses it for --images
+    if in_time and args.evalmode == "dynamic":   # time is measured, not simulated
         args.evalmode = "realtime"
     if "evalmode" not in args.explicit and (args.cost == "latency" or args.budget or args.sweep or args.flat_curve
                                             or args.images or args.policy != "confidence"
                                             or args.thresholds != "geometric" or args.max_drop):
-        args.evalmode = "realtime" if args.cost == "latency" else "dynamic"
+        args.evalmode = "realtime" if in_time else "dynamic"
 
 
 def _mistake(args: Namespace) -> str | None:

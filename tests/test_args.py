@@ -529,6 +529,12 @@ def test_a_budget_or_sweep_alone_means_dynamic_evaluation():
     assert parse_args(["--policy", "margin"]).evalmode == "dynamic"
 
 
+@pytest.mark.parametrize("more", ["--budget 3ms", "--cost latency", "--budget 3ms --evalmode dynamic"])
+def test_images_with_a_budget_in_milliseconds_are_told_of_no_flag_that_is_not_there(more, capsys):
+    error = refused(capsys, parse_args, f"--evaluate-from a.pth --images b.png {more}".split())
+    assert "--images: takes at most one --budget, in MACs" in error and "realtime" not in error
+
+
 def test_a_budget_in_milliseconds_means_evaluation_in_real_time():
     args = parse_args(["--budget", "3.5ms, 4 ms"])
     assert (args.budget, args.cost, args.evalmode) == ([3.5, 4.0], "latency", "realtime")

@@ -140,7 +140,7 @@ def test_outputs_without_names_and_a_folder_beside_the_programs_are_left_in_peac
 
 
 def test_folders_that_are_no_onnx_programs(run, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no model.json"):
+    with pytest.raises(UserError, match="no exported network.*No such file"):
         OnnxPrograms(tmp_path)
     about = json.loads((run / "programs" / "model.json").read_text())
     for change, message in (({"format": 3}, "format 3"), ({"runtime": "torch"}, "--format onnx")):
@@ -150,9 +150,10 @@ def test_folders_that_are_no_onnx_programs(run, tmp_path, monkeypatch):
     (tmp_path / "model.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match="no such file"):
         OnnxPrograms(tmp_path)
-    (tmp_path / "model.json").write_text("[")
-    with pytest.raises(UserError, match="cannot be read"):
-        OnnxPrograms(tmp_path)
+    for content in ("[", "{}", json.dumps({name: value for name, value in about.items() if name != "steps"})):
+        (tmp_path / "model.json").write_text(content)
+        with pytest.raises(UserError, match="model.json is damaged"):
+            OnnxPrograms(tmp_path)
     import onnxruntime
     monkeypatch.setattr(onnxruntime, "__version__", "1.9.0")
     with pytest.raises(UserError, match="too old"):

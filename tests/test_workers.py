@@ -33,7 +33,7 @@ LARGE = "--image_size 224 --grFactor 1-1-1-1 --bnFactor 1-1-1-1 --growthRate 2 -
 
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch, tmp_path):
-    monkeypatch.setattr(workers, "_usable_cores", lambda: 2)
+    monkeypatch.setattr(workers, "usable_cores", lambda: 2)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -116,7 +116,7 @@ def test_too_few_open_files_end_the_work_with_an_error_and_no_process_that_waits
 @pytest.mark.slow
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     program = ("import sys, time; from utils.data import workers\n"
-               "workers._usable_cores = lambda: 2\n"
+               "workers.usable_cores = lambda: 2\n"
                "def write(task):\n    import os; open(f'{sys.argv[1]}/{os.getpid()}', 'w'); time.sleep(600)\n"
                "list(workers.in_parallel(write, [1, 2]))")
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT) as process:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.core.cores import usable_cores
 from utils.core.errors import WorkerKilled
 from utils.core.machine import lacks_semaphores
 from utils.core.signals import held_back, leave_signals_to_parent
@@ -36,7 +37,7 @@ def in_parallel(function: Callable[[Any], Any], tasks: list) -> Iterator[Any]:
     Raises:
         WorkerKilled: when one of the processes is ended from outside.
     """
-    n_workers = min(_usable_cores(), len(tasks))
+    n_workers = min(usable_cores(), len(tasks))
     if n_workers < 2 or sys.platform != "linux" or lacks_semaphores(POOL_SEMAPHORES):
         yield from map(function, tasks)
         return
@@ -66,10 +67,6 @@ def _end_with_parent() -> None:
     """Because nothing else tells a waiting process that its parent was killed."""
     parent_process().join()
     os._exit(1)
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class SharedBatches:

@@ -7,9 +7,7 @@ One program runs per exit; rows whose confidence reaches the threshold leave, an
 """
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from utils.core.cores import usable_cores
 from utils.core.errors import UserError
+from utils.core.files import misfit, read_json
 from utils.evaluation.drift import ExitMonitor, Summary
 
 FORMATS = (2,)
@@ -108,7 +108,7 @@ class OnnxPrograms:
                 raise UserError(f"{path} cannot be loaded: {reason if path.is_file() else 'there is no such file'}") from error
             self._sessions.append((session, [node.name for node in session.get_inputs()]))
         self.n_exits = len(self._sessions)
-        self.n_threads = 1 if self.shares_pool else threads or _usable_cores()
+        self.n_threads = 1 if self.shares_pool else threads or usable_cores()
         self._pool = ThreadPoolExecutor(self.n_threads) if self.n_threads > 1 else None
 
     def step(self, n: int, state: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -235,10 +235,6 @@ class OnnxEarlyExit:
 _shared_pool_threads: int | None = None   # set by `use_all_cores`
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def use_all_cores(threads: int) -> None:
     """Let all programs that are loaded from now on share one pool of `threads` threads; for a program that owns its process.
 
@@ -270,17 +266,16 @@ def read_about(folder: Path) -> dict[str, Any]:
     """
     path = folder / "model.json"
     try:
-        about = json.loads(path.read_text())
-        version, runtime = about["format"], about.get("runtime", "torch")
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} holds no exported network: there is no model.json; python -m utils.export writes "
+        about = read_json(path, {"format": int, "runtime": str}, older={"runtime": "torch"})
+    except OSError as error:
+        raise UserError(f"{folder} holds no exported network (model.json: {error.strerror}); python -m utils.export writes "
                         "one") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read as the description of an exported network") from error
-    if runtime != "onnx":
+    if about["runtime"] != "onnx":
         raise UserError(f"{folder} holds programs of torch.export; export again with --format onnx")
-    if version not in FORMATS:
-        raise UserError(f"{path} is of format {version}; this version reads {', '.join(map(str, FORMATS))}")
+    if about["format"] not in FORMATS:
+        raise UserError(f"{path} is of format {about['format']}; this version reads {', '.join(map(str, FORMATS))}")
+    if problem := misfit(about, {"steps": [str], "macs": [int], "image_size": int}):
+        raise UserError(f"{path} is damaged: {problem}")
     return about
 
 
