@@ -2,21 +2,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from models.backbone import Backbone, check_backbone, map_state
 from models.boosted_head import BoostedNet, expand_temperatures
+from models.chain import ChainNet, PooledClassifier
 from models.collaboration import CollaborativeNet
 from models.ensembles import AveragedNet, read_as
 from models.msdnet import MSDNet
 from models.ranet import RANet
 
-__all__ = ["AveragedNet", "BoostedNet", "CollaborativeNet", "MSDNet", "RANet", "build_backbone", "build_shapes",
-           "expand_temperatures", "map_state", "read_as"]
+__all__ = ["AveragedNet", "Backbone", "BoostedNet", "ChainNet", "CollaborativeNet", "MSDNet", "PooledClassifier", "RANet",
+           "build_backbone", "build_shapes", "check_backbone", "expand_temperatures", "map_state", "read_as"]
 
 
 # Keyword of a network -> its flag.
@@ -62,13 +63,3 @@ class _NoInitialisation(TorchFunctionMode):
         if name.endswith("_") and not name.endswith("__") and isinstance(tensor, Tensor) and tensor.is_meta:
             return tensor
         return function(*arguments, **keywords)
-
-
-def map_state(function: Callable[[Tensor], Any], state: Any) -> Any:
-    """A state, as `start` or `step` of a backbone returned it, with `function` of every tensor in the tensor's place."""
-    if isinstance(state, Tensor):
-        return function(state)
-    if state is None:
-        return None
-    parts = [map_state(function, part) for part in state]
-    return type(state)(*parts) if hasattr(state, "_fields") else parts

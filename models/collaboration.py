@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.layers import Backbone
+from models.backbone import Backbone
 
 # What a step hands to the next one: the state of the frozen backbone, and the logits of the exit before (none before exit 0).
 State = list[Any]
@@ -22,13 +22,24 @@ class CollaborativeNet(Backbone):
     Attribute names (`net`, `classifier`, `isc_modules`) are part of the checkpoint format.
 
     Args:
-        net: MSDNet or RANet, or the growing form of one (`models.inference`).
+        net: a backbone with `advance`, whose classifiers are a linear layer on what they pool.
+    Raises:
+        ValueError: for any other network.
     """
+
+    exit_names = ("classifier", "isc_modules")
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net = net.requires_grad_(False)
-        linear = [classifier.linear for classifier in net.classifier]
+        if not isinstance(net, Backbone):
+            raise ValueError(f"collaborating exits take a network derived from models.Backbone, got {type(net).__name__}")
+        heads = [net.head(n) for n in range(net.n_exits)]
+        for head in heads:
+            if not (hasattr(head, "pool") and isinstance(getattr(head, "linear", None), nn.Linear)):
+                raise ValueError(f"collaborating exits read what a classifier gives its linear layer; {type(head).__name__} has "
+                                 "not the parts `pool` and `linear`, as models.PooledClassifier has")
+        self.net, self.image_size = net.requires_grad_(False), net.image_size
+        linear = [head.linear for head in heads]
         num_classes = linear[0].out_features
         self.classifier = nn.ModuleList(
             nn.Linear(old.in_features * (2 if n else 1), num_classes) for n, old in enumerate(linear))
@@ -53,7 +64,7 @@ class CollaborativeNet(Backbone):
 
     def _step(self, n: int, state: State) -> tuple[Tensor, Tensor, State]:
         features, onward = self.net.advance(n, state[0])
-        pooled = self.net.classifier[n].pool(features)
+        pooled = self.net.head(n).pool(features)
         read = torch.cat([pooled, self.isc_modules[n - 1](*state[1])], dim=1) if n else pooled
         logits = self.classifier[n](read)
         return logits, pooled, [onward, [logits]]
@@ -69,4 +80,4 @@ class CollaborativeNet(Backbone):
         for n in range(self.n_exits):
             logits, pooled, state = self._step(n, state)
             all_logits.append(logits)
-        return all_logits, self.net.classifier[-1].linear(pooled)
+        return all_logits, self.net.head(self.n_exits - 1).linear(pooled)

@@ -1,4 +1,5 @@
-"""Forms of MSDNet and RANet for inference only: batch normalisation folded away, and features written where they are read.
+"""Forms of MSDNet and RANet for inference only, of networks whose batch normalisation is folded away (`models.folding`): features
+are written where they are read.
 
 A layer of a dense network outputs its input and a few new channels. The growing forms give every map one buffer with room for
 all the channels it will ever have, and each layer writes its own behind those that are there: nothing is copied to be
@@ -15,30 +16,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from models.backbone import Backbone
 from models.collaboration import CollaborativeNet
-from models.layers import Backbone, Bottleneck, Classifier, resize_like
+from models.layers import Bottleneck, Classifier, resize_like
 from models.msdnet import MSDLayer, MSDNet, Transition
 from models.ranet import Block, DenseLayer, FusionLayer, RANet, State
 
 
-def fold_batch_norm(module: nn.Module) -> None:
-    """Merge every batch normalisation into the convolution in front of it, in place. The module must be in eval mode."""
-    for name, child in list(module.named_children()):
-        fold_batch_norm(child)
-        if isinstance(child, nn.Sequential):
-            merged: list[nn.Module] = []
-            for layer in child:
-                if isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-                    merged[-1] = fuse_conv_bn_eval(merged[-1], layer)
-                else:
-                    merged.append(layer)
-            setattr(module, name, nn.Sequential(*merged))
+def has_growing_form(backbone: nn.Module) -> bool:
+    """Whether there is a form with growing buffers of a network."""
+    # Not for classes derived from these two, which may do something else.
+    return has_growing_form(backbone.net) if isinstance(backbone, CollaborativeNet) else type(backbone) in (MSDNet, RANet)
 
 
 def growing_form(backbone: nn.Module) -> nn.Module:
-    """The form with growing buffers of a backbone whose batch normalisation is folded; they share their weights."""
+    """The form with growing buffers of a backbone that has one, with folded batch normalisation; they share their weights."""
     if isinstance(backbone, CollaborativeNet):
         form = CollaborativeNet(growing_form(backbone.net))
         form.classifier, form.isc_modules = backbone.classifier, backbone.isc_modules

@@ -5,8 +5,6 @@ family load by name, so they stay as they are.
 """
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -145,32 +143,6 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.pool(x))
-
-
-class Backbone(nn.Module):
-    """A network that can be run exit by exit, each step on the state that the one before returned.
-
-    Subclasses have a ModuleList `classifier`, one for each exit, and define
-        start(x): the state in front of exit 0, for images x (B, 3, H, W);
-        advance(n, state): run the blocks up to exit n; return (map that its classifier reads, next state).
-    """
-
-    @property
-    def n_exits(self) -> int:
-        return len(self.classifier)
-
-    def step(self, n: int, state: Any) -> tuple[Tensor, Any]:
-        """Run the blocks up to exit n and its classifier: (raw logits (B, num_classes), next state)."""
-        features, state = self.advance(n, state)
-        return self.classifier[n](features), state
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Raw logits (B, num_classes) of every exit, shallow to deep, for images x (B, 3, H, W)."""
-        state, logits = self.start(x), []
-        for n in range(self.n_exits):
-            exit_logits, state = self.step(n, state)
-            logits.append(exit_logits)
-        return logits
 
 
 def choose_stem(image_size: int, stem: str | None) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from models.backbone import Backbone
 from models.layers import (
     PAPER_MAPS,
-    Backbone,
     Bottleneck,
     Classifier,
     ConvBNReLU,
@@ -117,7 +117,7 @@ class MSDNet(Backbone):
                              "all but the finest scale split their growth in two equal halves")
         stem = choose_stem(image_size, stem)
         self._check_map_size(n_scales, image_size, stem)
-        self.rescale_gradients = rescale_gradients
+        self.rescale_gradients, self.image_size = rescale_gradients, image_size
         n_layers = [base, *(step if step_mode == "even" else step * i + 1 for i in range(1, n_blocks))]
         total = sum(n_layers)
         if prune == "min" and total < n_scales - 1:
@@ -154,6 +154,10 @@ class MSDNet(Backbone):
             raise ValueError(f"{n_scales} scales end in a {side}x{side} map; classifiers for {image_size}-pixel images read "
                              f"{needed}x{needed}, which takes {1 + (finest // needed).bit_length() - 1} scales, each with an "
                              "entry of gr_factor and bn_factor")
+
+    def block(self, n: int) -> list[nn.Module]:
+        """The modules that step n runs in front of its classifier."""
+        return [self.blocks[n]]
 
     def start(self, x: Tensor) -> State:
         return [x]

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from models.backbone import Backbone
 from models.layers import (
     PAPER_MAPS,
-    Backbone,
     Bottleneck,
     Classifier,
     ConvBNReLU,
@@ -157,7 +157,7 @@ class RANet(Backbone):
         if not len(gr_factor) == len(bn_factor) == n_subnets:
             raise ValueError(f"scale_list has {n_subnets} values, gr_factor {len(gr_factor)}, bn_factor {len(bn_factor)}; "
                              "give one of each per sub-network")
-        self.rescale_gradients = rescale_gradients
+        self.rescale_gradients, self.image_size = rescale_gradients, image_size
         blocks_of = [n_blocks + block_step * s for s in range(n_subnets)]
         stem = choose_stem(image_size, stem)
         self._check_map_sizes(scale_list, blocks_of, image_size, stem)

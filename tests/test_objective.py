@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 from models import MSDNet, RANet
+from utils.core.errors import UserError
 from utils.methods import losses
 from utils.methods.losses import ExitLosses, cross_entropies
 from utils.training.engine import valid_share
@@ -93,7 +94,7 @@ def test_two_weight_decays_are_interpolated_over_blocks_with_their_classifiers()
     for i, group in enumerate(optimizer.param_groups):
         assert {id(p) for p in group["params"]} == {id(p) for m in (net.blocks[i], net.classifier[i]) for p in m.parameters()}
     ranet = RANet(n_blocks=1, n_channels=4, scale_list=[1, 2, 3], gr_factor=[4, 2, 1], bn_factor=[4, 2, 1])
-    with pytest.raises(ValueError, match="MSDNet's blocks"):
+    with pytest.raises(UserError, match="MSDNet's; pass one"):
         build_optimizer(ranet, name="sgd", lr=0.1, momentum=0.9, weight_decay=[1e-4, 5e-4])
 
 

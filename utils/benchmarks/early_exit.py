@@ -62,7 +62,7 @@ def run(args: Namespace, device: torch.device) -> list[Measurement]:
                                       sizes_per_doubling=args.sizes_per_doubling or None)
     results = []
     for size in args.batch_sizes:
-        config = {"network": name, "form": args.form or default_form(device), "images": args.images, "batch size": size}
+        config = {"network": name, "form": args.form or default_form(model), "images": args.images, "batch size": size}
         results += _measure(model, ready, runners, macs, images.split(size), args.repeats, config)
     return results
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models import BoostedNet
-from models.inference import fold_batch_norm, growing_form
-from models.layers import Backbone
+from models import Backbone, BoostedNet
+from models.folding import fold_batch_norm
+from models.inference import growing_form, has_growing_form
 from utils.core.errors import UserError
 from utils.options.network import NetworkSpec
 from utils.runs import checkpoint
@@ -46,31 +46,53 @@ def load_teacher(path: str | Path, data) -> BoostedNet:
     return model
 
 
-def default_form(device: torch.device) -> str:
-    return "growing" if device.type == "cpu" else "folded"
+def default_form(model: BoostedNet) -> str:
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return "growing" if on_cpu and has_growing_form(model.backbone) else "folded"
 
 
-def prepare_for_inference(model: BoostedNet, form: str | None = None) -> BoostedNet:
+def prepare_for_inference(model: BoostedNet, form: str | None = None, *, images: Tensor | None = None) -> BoostedNet:
     """A copy of a trained network for inference only; the network itself is left as it is.
 
-    In every form batch normalisation is part of the convolutions, which moves logits by rounding (about 1e-6 of their size).
+    In every form batch normalisation is part of the convolutions whose output it alone reads (`models.folding`), which moves
+    logits by rounding (about 1e-6 of their size).
 
     Args:
-        form: "growing", the fastest on CPUs, keeps the features of a scale in one buffer instead of concatenating them
-            (`models.inference`); "folded" is the network's own code in the channels_last layout; "compiled" is "folded"
-            with every step through torch.compile, for any batch size, compiled at first use. Default: growing on the
-            CPU, folded on a GPU.
+        form: "growing", for MSDNet and RANet only and their fastest on CPUs, keeps the features of a scale in one buffer instead
+            of concatenating them (`models.inference`); "folded" is the network's own code in the channels_last layout; "compiled"
+            is "folded" with every step through torch.compile, for any batch size, compiled at first use. Default: growing on
+            the CPU where there is such a form, folded otherwise.
+        images: a few images (B, 3, H, W) to try the network on; needed where its backbone has no `image_size`.
+    Raises:
+        ValueError: for a form that there is not, and where images are needed.
     """
-    form = form or default_form(next(model.parameters()).device)
+    form = form or default_form(model)
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; choose one of {', '.join(FORMS)}")
+    if form == "growing" and not has_growing_form(model.backbone):
+        raise ValueError(f"{type(model.backbone).__name__} has no growing form, only MSDNet and RANet have; choose folded or "
+                         "compiled")
     ready = copy.deepcopy(model).eval().requires_grad_(False)
-    fold_batch_norm(ready.backbone)
-    if form == "growing":
-        ready.backbone = growing_form(ready.backbone).eval().requires_grad_(False)
+    plain = ready.backbone
+    ready.backbone = fold_batch_norm(plain, random_images(model) if images is None else images)
+    if form == "growing" and ready.backbone is not plain:
+        ready.backbone = growing_form(ready.backbone)
     else:
         ready.backbone = ChannelsLast(ready.backbone, compiled=form == "compiled")
+    ready.backbone.eval().requires_grad_(False)
     return ready
+
+
+def random_images(model: BoostedNet, n: int = 2) -> Tensor:
+    """Noise (n, 3, H, W) of the size, type and device of a network's images.
+
+    Raises:
+        ValueError: when its backbone does not say how large they are.
+    """
+    side = getattr(model.backbone, "image_size", None)
+    if side is None:
+        raise ValueError(f"{type(model.backbone).__name__} has no image_size; pass a few of its images (B, 3, H, W) as images=")
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
 
 
 @torch.inference_mode()

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import BoostedNet
-from models.inference import fold_batch_norm
+from models.folding import fold_batch_norm
 from op_counter import measure_model
 from utils.core.errors import UserError
 from utils.core.files import atomic_write, write_json
@@ -70,44 +71,40 @@ class _StepModule(nn.Module):
         return scores, *pytree.tree_leaves(state)
 
 
-class _Used:
-    """Notes which modules of a network run while the block runs, so that a program holds no weights of other exits."""
+class _Reading(TorchDispatchMode):
+    """Notes which weights of a network are read while the block runs, so that a program holds no weights of other exits."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._ran: set[str] = set()
-        self._hooks = [module.register_forward_hook(lambda *_, name=name: self._ran.add(name))
-                       for name, module in model.named_modules()]
+    def __init__(self) -> None:
+        super().__init__()
+        self._read: set[int] = set()
 
-    def __enter__(self) -> _Used:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    def __torch_dispatch__(self, function, types, args=(), keywords=None):
+        self._read.update(map(id, pytree.tree_leaves((args, keywords))))
+        return function(*args, **(keywords or {}))
 
     def part_of(self, model: nn.Module) -> nn.Module:
-        """A copy without the weights of modules that did not run."""
+        """A copy without the weights that were not read."""
         part = copy.deepcopy(model)
-        for name, module in part.named_modules():
-            if name not in self._ran:
-                for weight, _ in list(module.named_parameters(recurse=False)):
-                    setattr(module, weight, nn.Parameter(torch.empty(0), requires_grad=False))
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            if id(weight) not in self._read:
+                owner, _, attribute = name.rpartition(".")
+                setattr(part.get_submodule(owner), attribute, nn.Parameter(torch.empty(0), requires_grad=False))
         return part
 
 
 def export_steps(model: BoostedNet, image_size: int) -> Iterator[Step]:
     """The programs of all exits, one after the other."""
     ready = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-    fold_batch_norm(ready.backbone)
     batch = torch.export.Dim("batch", min=1)
     images = torch.randn(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    ready.backbone = fold_batch_norm(ready.backbone, images).requires_grad_(False)
     inputs, state, scores = (images,), ready.backbone.start(images), None
     for n in range(ready.n_exits):
         form = pytree.tree_structure(state)
-        with torch.no_grad(), _Used(ready) as used:
+        with torch.no_grad(), _Reading() as reading:
             logits, state = ready.backbone.step(n, state)
             scores = ready.add(n, logits, scores)
-        module = _StepModule(used.part_of(ready), n, form)
+        module = _StepModule(reading.part_of(ready), n, form)
         program = torch.export.export(module, inputs, dynamic_shapes=(tuple({0: batch} for _ in inputs),))
         # Inputs of the next program may not share memory.
         onward = () if n == ready.n_exits - 1 else pytree.tree_leaves(state)

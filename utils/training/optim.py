@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from utils.core.errors import UserError
+
 
 def build_optimizer(backbone: nn.Module, *, name: str, lr: float, momentum: float, weight_decay: Sequence[float],
                     nesterov: bool = False) -> torch.optim.Optimizer:
@@ -17,11 +19,11 @@ def build_optimizer(backbone: nn.Module, *, name: str, lr: float, momentum: floa
     Args:
         name: "sgd", "rmsprop" or "adam".
         momentum: of SGD and RMSprop; Adam keeps its own averages.
-        weight_decay: one value for all parameters, or two that are interpolated linearly over MSDNet's blocks from the
-            first to the last; a block's classifier belongs to it.
+        weight_decay: one value for all parameters, or two that are interpolated linearly from the first exit to the last; to an
+            exit belong its classifier and the block in front of it.
         nesterov: Nesterov's momentum, of SGD only.
     Raises:
-        ValueError: two weight decays for a backbone that is not a plain chain of blocks.
+        UserError: two weight decays for a backbone that is not a plain chain of blocks.
     """
     groups = _groups(backbone, weight_decay)
     if name == "sgd":
@@ -34,12 +36,13 @@ def build_optimizer(backbone: nn.Module, *, name: str, lr: float, momentum: floa
 def _groups(backbone: nn.Module, weight_decay: Sequence[float]) -> list[dict]:
     if len(weight_decay) == 1:
         return [{"params": [p for p in backbone.parameters() if p.requires_grad], "weight_decay": weight_decay[0]}]
-    if not hasattr(backbone, "blocks"):
-        raise ValueError("two --weight-decay values are interpolated over MSDNet's blocks; pass one for this architecture")
+    if not hasattr(backbone, "block"):
+        raise UserError("two --weight-decay values are interpolated over the blocks of a chain, such as MSDNet's; pass one for "
+                        "this network, which does not say what its blocks are")
     first, last = weight_decay
     steps = max(backbone.n_exits - 1, 1)
-    return [{"params": [*block.parameters(), *classifier.parameters()], "weight_decay": first + (last - first) * i / steps}
-            for i, (block, classifier) in enumerate(zip(backbone.blocks, backbone.classifier, strict=True))]
+    return [{"params": [p for module in (*backbone.block(n), backbone.head(n)) for p in module.parameters() if p.requires_grad],
+             "weight_decay": first + (last - first) * n / steps} for n in range(backbone.n_exits)]
 
 
 @dataclass(frozen=True)

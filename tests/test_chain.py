@@ -1,0 +1,368 @@
+"""Boosted exits on any chain of modules, and on torchvision's ResNets."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaptive_inference import EarlyExit, exit_index
+from models import Backbone, BoostedNet, ChainNet, CollaborativeNet, PooledClassifier, check_backbone
+from models.folding import fold_batch_norm
+from op_counter import measure_model
+from utils.evaluation.fast_form import prepare_for_inference
+from utils.evaluation.programs import export_steps
+from utils.training.optim import build_optimizer
+
+CLASSES = 5
+
+
+class PreActivation(nn.Module):
+    """A residual block in which normalisation and ReLU come before each convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.bn2(self.conv1(self.bn1(x).relu())).relu())
+
+
+class Block(nn.Module):
+    """Convolution, normalisation, ReLU, with the order of their names the other way round."""
+
+    def __init__(self, width: int, out_width: int) -> None:
+        super().__init__()
+        self.z, self.a = nn.Conv2d(width, out_width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.a(self.z(x)))
+
+
+def with_statistics(net: nn.Module, *, side: int = 16) -> nn.Module:
+    """A network in eval mode whose normalisations have weights and statistics of their own."""
+    draw = torch.Generator().manual_seed(3)
+    for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5, generator=draw)
+        nn.init.normal_(norm.bias, generator=draw)
+    net.train()
+    with torch.no_grad():
+        for _ in range(5):
+            net(torch.randn(16, 3, side, side, generator=draw))
+    return net.eval()
+
+
+def chain(**options) -> ChainNet:
+    torch.manual_seed(0)
+    stages = [Block(3, 4), nn.Sequential(PreActivation(4), Block(4, 6)), Block(6, 8)]
+    return with_statistics(ChainNet(stages, [PooledClassifier(width, CLASSES) for width in (4, 6, 8)], **options))
+
+
+def images(n: int, side: int = 16) -> Tensor:
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(n))
+
+
+def norms(net: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+
+
+def test_a_chain_runs_its_stages_one_after_the_other_and_rescales_gradients():
+    net, x = chain(), images(4)
+    features, expected = x, []
+    for stage, classifier in zip(net.stages, net.classifier):
+        features = stage(features)
+        expected.append(classifier.linear(features.mean((2, 3))))
+    for got, want in zip(net(x), expected, strict=True):
+        torch.testing.assert_close(got, want)
+    gradients = []
+    for rescale in (False, True):
+        net = chain(rescale_gradients=rescale)
+        net(x)[0].sum().backward()
+        gradients.append(net.stages[0].z.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0] / 3)   # of three exits, the first one's share
+    for wrong in ([], [nn.Identity()] * 2):
+        with pytest.raises(ValueError, match="one classifier for each stage"):
+            ChainNet(wrong, [PooledClassifier(3, CLASSES)])
+
+
+# The protocol.
+
+class Pair(NamedTuple):
+    first: Tensor
+    rest: list[Tensor | None]
+
+
+class Ones(Backbone):
+    """A network that keeps the protocol, and in the subclasses below breaks it in one place each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.ModuleList([PooledClassifier(3, CLASSES), PooledClassifier(3, CLASSES)])
+        self.register_buffer("shift", torch.ones(3, 3, 1, 1))
+
+    def start(self, x):
+        return Pair(x, [None])
+
+    def advance(self, n, state):
+        return state.first, Pair(state.first + 1, [state.first, None])
+
+
+def breaks(message: str):
+    """Marks a subclass with the message that `check_backbone` has for it."""
+    def mark(network: type) -> type:
+        network.message = message
+        BROKEN.append(network)
+        return network
+    return mark
+
+
+BROKEN: list[type] = []
+
+
+@breaks("forward returned 1 of them; it has 2 exits")
+class OneLogit(Ones):
+    def forward(self, x):
+        return super().forward(x)[:1]
+
+
+@breaks("n_exits is 0")
+class NoExits(Ones):
+    n_exits = 0
+
+
+@breaks("returned a state with dict in it")
+class Dictionary(Ones):
+    def advance(self, n, state):
+        x = state["x"] if n else state.first
+        return x, {"x": x}
+
+
+@breaks(r"returned a state with a tensor of shape \[2, 3, 16, 16\] for 3 images")
+class RowsLost(Ones):
+    def start(self, x):
+        return Pair(x, [x[:2]])
+
+
+@breaks("shares memory")
+class Expanded(Ones):
+    def start(self, x):
+        return Pair(x, [x[:1].expand_as(x)])
+
+
+@breaks("shares memory")
+class Buffer(Ones):
+    def start(self, x):
+        return Pair(x, [self.shift])
+
+
+@breaks("writes to the state")
+class InPlace(Ones):
+    def advance(self, n, state):
+        return state.first.relu_(), state
+
+
+@breaks("no row may depend on another")
+class OverTheBatch(Ones):
+    def advance(self, n, state):
+        return state.first - state.first.mean(dim=0), Pair(state.first + 1, [])
+
+
+@breaks("gives other logits than OtherForward.forward")
+class OtherForward(Ones):
+    def forward(self, x):
+        return [logits + 1 for logits in super().forward(x)]
+
+
+@breaks(r"logits of shape \[3, 5, 1\]")
+class WrongShape(Ones):
+    def step(self, n, state):
+        logits, state = super().step(n, state)
+        return logits[..., None], state
+
+
+@breaks(r"returned a tensor of shape \[3, 5\]; it returns \(logits, next state\)")
+class LogitsOnly(Ones):
+    def step(self, n, state):
+        return super().step(n, state)[0]
+
+    def forward(self, x):
+        return [torch.zeros(len(x), CLASSES)] * 2
+
+
+def test_a_network_that_keeps_the_protocol_passes_and_is_left_as_it_is():
+    for net in (chain(), Ones()):
+        net.classifier[0].train()
+        before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        modes = [module.training for module in net.modules()]
+        check_backbone(net, num_classes=CLASSES, image_size=16)
+        assert [module.training for module in net.modules()] == modes
+        assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("network", BROKEN)
+def test_a_network_that_breaks_the_protocol_is_told_where(network):
+    with pytest.raises(ValueError, match=network.message):
+        check_backbone(network(), num_classes=CLASSES, image_size=16)
+
+
+@pytest.mark.parametrize("thing, message", [(nn.Linear(1, 1), "no n_exits, start, step"), ([], "is a torch.nn.Module, got list")])
+def test_what_is_no_backbone_at_all_is_told_what_one_has(thing, message):
+    with pytest.raises(ValueError, match=message):
+        check_backbone(thing, num_classes=CLASSES, image_size=16)
+
+
+# Folding.
+
+def test_normalisations_that_alone_read_a_convolution_are_folded_and_others_stay():
+    net, x = chain(), images(6)
+    folded = fold_batch_norm(net, x)
+    assert norms(net) == 5 and norms(folded) == 1
+    assert isinstance(folded.stages[1][0].bn1, nn.BatchNorm2d)   # in front of its convolution
+    for got, want in zip(folded(x), net(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+class Twisted(nn.Module):
+    """Normalisations that must not be folded, one of each kind, and one that may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(6))
+        self.bns = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(6))
+        self.free = nn.BatchNorm2d(3, track_running_stats=False)
+        self.scaled = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        both = self.convs[0](x)
+        x = self.bns[0](both) + both                                # something else reads the convolution too
+        x = self.bns[1](self.convs[1](x) + x)                       # it reads a sum
+        x = self.bns[2](self.bns[2](self.convs[2](x)))              # it runs twice
+        x = self.bns[3](self.scaled(x))                             # a convolution that makes its own weights
+        x = self.free(self.convs[3](x))                             # no statistics
+        x = self.bns[4](self.convs[4](x))                           # this one is folded
+        returned = self.convs[5](x)
+        return [x.mean((2, 3)), returned, self.bns[5](returned)]
+
+
+def test_normalisations_that_cannot_be_folded_stay_and_nothing_changes():
+    torch.manual_seed(0)
+    net, x = with_statistics(Twisted()), images(4)
+    folded = fold_batch_norm(net, x)
+    assert [type(norm).__name__ for norm in folded.bns] == ["BatchNorm2d"] * 4 + ["Identity", "BatchNorm2d"]
+    assert isinstance(folded.free, nn.BatchNorm2d)
+    for got, want in zip(folded(x), net(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+class Sneaky(nn.Module):
+    """Reads a convolution's weight behind the back of everything that looks at calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.bn(self.conv(x)).mean((2, 3)) * self.conv.weight.norm()]
+
+
+def test_a_network_that_answers_otherwise_when_folded_is_left_as_it_is(caplog):
+    net = with_statistics(Sneaky())
+    assert fold_batch_norm(net, images(2)) is net
+    assert "Sneaky is not merged" in caplog.text
+
+
+# Everything that runs a network.
+
+@pytest.mark.parametrize("form", [None, "folded"])
+def test_early_exit_leaves_where_the_simulation_says(form):
+    net, x = chain(), images(40)
+    model = BoostedNet(net, [0.5] * 3).eval()
+    with pytest.raises(ValueError, match="ChainNet has no image_size; pass a few"):
+        prepare_for_inference(model, form)
+    with pytest.raises(ValueError, match="no growing form"):
+        prepare_for_inference(model, "growing", images=x)
+    ready = prepare_for_inference(model, form, images=x)
+    with torch.inference_mode():
+        confidence = torch.stack(ready(x)).softmax(dim=2).amax(dim=2).numpy()
+    torch.testing.assert_close(torch.stack(ready(x)), torch.stack(model(x)), rtol=1e-4, atol=1e-4)
+    thresholds = np.sort(confidence, axis=1)[:, 19:21].mean(axis=1)   # between two confidences
+    for sizes in (None, 4):
+        found = EarlyExit(ready, thresholds, sizes_per_doubling=sizes)(x)
+        assert found.exit.tolist() == exit_index(confidence, thresholds).tolist() and len(set(found.exit.tolist())) == 3
+
+
+def test_every_exit_is_a_program_with_the_weights_of_its_own_step():
+    net, x = chain(), images(7)
+    steps = list(export_steps(BoostedNet(net, [0.5] * 3).eval(), 16))
+    with torch.no_grad():
+        expected, state = BoostedNet(net, [0.5] * 3).eval()(x), (x,)
+        for step, want in zip(steps, expected, strict=True):
+            state = step.program.module()(*state)
+            torch.testing.assert_close(state[0], want, rtol=1e-4, atol=1e-4)
+    weights = [sum(tensor.numel() for tensor in step.program.state_dict.values()) for step in steps]
+    assert max(weights) < sum(parameter.numel() for parameter in net.parameters())
+
+
+class Attention(nn.Module):
+    """A stage whose output projection is read without being called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        return x + self.attention(tokens, tokens, tokens, need_weights=False)[0].transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def test_weights_that_a_function_reads_are_part_of_a_program():
+    torch.manual_seed(0)
+    net = with_statistics(ChainNet([Block(3, 4), Attention()], [PooledClassifier(4, CLASSES) for _ in range(2)]))
+    first, second = export_steps(BoostedNet(net, [0.5, 0.5]).eval(), 16)
+    x = images(2)
+    with torch.no_grad():
+        torch.testing.assert_close(second.program.module()(*first.program.module()(x))[0],
+                                   BoostedNet(net, [0.5, 0.5]).eval()(x)[1], rtol=1e-4, atol=1e-4)
+    check_backbone(net, num_classes=CLASSES, image_size=16)
+
+
+def test_costs_are_those_of_the_stages_and_classifiers_so_far():
+    net = chain()
+    macs, params = measure_model(net, 16, 16)
+    first = 3 * 4 * 9 * 64 + 4 * 64 + 4 * 64 + 5 * CLASSES   # convolution, ReLU, mean, linear layer
+    assert macs[0] == first and params[0] == 3 * 4 * 9 + 8 + 5 * CLASSES
+    assert params[-1] == sum(parameter.numel() for parameter in net.parameters())
+
+
+def test_weight_decay_rises_from_exit_to_exit():
+    net = chain()
+    groups = build_optimizer(net, name="sgd", lr=0.1, momentum=0.9, weight_decay=[1e-4, 3e-4]).param_groups
+    assert [group["weight_decay"] for group in groups] == pytest.approx([1e-4, 2e-4, 3e-4])
+    for stage, classifier, group in zip(net.stages, net.classifier, groups, strict=True):
+        assert {*group["params"]} == {*stage.parameters(), *classifier.parameters()}
+
+
+def test_collaborating_exits_take_classifiers_that_pool():
+    net, x = chain(), images(3)
+    logits = CollaborativeNet(net).eval()(x)
+    assert [part.shape for part in logits] == [(3, CLASSES)] * 3
+    with pytest.raises(ValueError, match="Sequential has not the parts `pool` and `linear`"):
+        CollaborativeNet(ChainNet([Block(3, 4)], [nn.Sequential(nn.Flatten(), nn.Linear(256, CLASSES))]))
+    with pytest.raises(ValueError, match="derived from models.Backbone, got Linear"):
+        CollaborativeNet(nn.Linear(1, 1))
+
+
+def test_a_frozen_network_trains_its_exits_only_and_keeps_its_statistics():
+    net, x = chain(), images(8)
+    net.freeze()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    optimizer = build_optimizer(net, name="sgd", lr=0.1, momentum=0.9, weight_decay=[1e-4, 1e-3])
+    BoostedNet(net, [0.5] * 3).train()
+    sum(logits.sum() for logits in net(x)).backward()
+    optimizer.step()
+    changed = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if name.startswith("classifier.")}
