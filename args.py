@@ -14,9 +14,9 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from utils.options.catalog import ANYTIME_NETWORKS, DATASETS, LEAST_SIDE, METHODS, stem_for, title_of
+from utils.options.catalog import ANYTIME_NETWORKS, DATASETS, METHODS, title_of
 from utils.options.effects import EVALUATION, TRAINING, without_effect
-from utils.options.flags import BEFORE_THE_FLAG, FREE_ON_RESUME, Milliseconds, build_parser
+from utils.options.flags import BEFORE_THE_FLAG, FREE_ON_RESUME, Milliseconds, build_parser, implied
 from utils.options.network import MAX_LAYERS, NETWORK, NetworkSpec, is_msdnet, n_layers, stem_of
 from utils.options.parser import shown
 
@@ -53,15 +53,8 @@ def parse_args(argv: Sequence[str] | None = None, *, datasets: Sequence[str] = t
 
 def _fill_in(args: Namespace) -> None:
     """Values that follow from other flags."""
-    dataset = DATASETS[args.dataset]
-    args.num_classes = dataset.num_classes
-    if args.image_size is None:
-        args.image_size = dataset.image_size or LEAST_SIDE
-    if args.stem is None:
-        args.stem = stem_for(args.image_size)
-    if args.valid_size is None:
-        args.valid_size = dataset.valid_size
-    for name, value in METHODS[args.method].defaults.items():
+    args.num_classes = DATASETS[args.dataset].num_classes
+    for name, value in implied(args.dataset, args.method, args.image_size).items():
         if name not in args.explicit:
             setattr(args, name, value)
     if "cost" not in args.explicit and any(isinstance(value, Milliseconds) for value in args.budget or []):

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import statistics
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from args import parse_args
 from utils import report
 from utils.core.tables import Table
 from utils.options.catalog import method_title
-from utils.reports.finished_runs import read_runs, seeds_together
+from utils.reports.finished_runs import read_run, read_runs, seeds_together
 from utils.reports.paper import ANYTIME
+from utils.reports.published_runs import published_runs
 from utils.runs.folder import plain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -381,3 +384,66 @@ def test_curves_of_one_network_stand_side_by_side_whatever_the_order_of_its_sett
                write_curve(tmp_path / "b", config={"base": 4, "nBlocks": 5})]
     [table] = report.report(folders)
     assert [row[0] for row in table.rows if "(" in row[0]] == ["BoostNet (a)", "BoostNet (b)"]
+
+
+# The table of published runs
+
+def table_and_commands(folder: Path) -> list[tuple[list[str], list[str]]]:
+    """Of every row of the table its cells and the words of its whole command."""
+    table, block = published_runs(folder, folder.parent / "docs/page.md").split("\n```bash\n")
+    commands = dict(re.findall(r"# (\d+)\n([^#`]*)", block))
+    rows = []
+    for line in (line for line in table.splitlines()[4:] if line.startswith("|")):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        number, _, more = cells[-1].partition(" ")
+        rows.append((cells, shlex.split(commands[number].replace("\\\n", " ") + more.strip("`"))))
+    return rows
+
+
+def test_the_page_has_the_table_of_published_runs(capsys):
+    assert report.main([]) == 0
+    assert capsys.readouterr().out in report.PAGE.read_text(), "paste what `python -m utils.report` prints into docs/results.md"
+
+
+def test_every_command_in_the_table_trains_its_run(tmp_path):
+    schedule = "--epochs 6 --lr_milestones 3,5 --images_per_class 250"
+    flags = ["", "--method joint --loss_equal", "--method l2w --meta_interval 4", "--method block_losses --groups 3-7",
+             "--method boost_distill --distill_T 4", "--method imta --checkpoint joint/model_latest.pth",
+             "--arch msdnet --nesterov", "--trainable_ensemble --weight-decay 1e-4,5e-4",
+             "--ensemble_reweight 0.25 --bottleneck false --amp bf16 --compile",
+             "--dataset folder --image_size 64 --use-valid --valid_size 500"]
+    for i, more in enumerate(flags):
+        write_run(tmp_path / f"run{i}", flags=f"{schedule} {more}")
+    for folder, least in ((tmp_path, len(flags)), (report.PUBLISHED, 6)):
+        table = table_and_commands(folder)
+        assert len(table) >= least
+        for cells, words in table:
+            args = parse_args(words[2:], task="training")
+            runs = [read_run((folder.parent / "docs" / link).resolve()) for link in re.findall(r"\[\d+\]\((.*?)\)", cells[8])]
+            for name, value in ((name, value) for run in runs for name, value in run.settings.items() if value is not None):
+                if hasattr(args, name) and (name, value) != ("lr_step", "epoch"):
+                    assert getattr(args, name) == value, (words, name)
+
+
+def test_a_published_run_is_a_folder_and_nothing_else(tmp_path):
+    folder = tmp_path / "published"
+    (folder / "later").mkdir(parents=True)
+    write_run(folder / "first", 60.0, flags="--epochs 30")
+    write_run(folder / "later" / "seed1", 62.0, flags="--epochs 30 --seed 1")
+    (folder / "first" / "model_dynamic.pth").write_bytes(b"0" * 1_500_000)
+    [(cells, words)] = table_and_commands(folder)
+    assert cells[:10] == ["MSDNet", "BoostNet", "10", "15.14 - 121.68", "61.00 +- 1.41", "70.00 +- 1.41", "30",
+                          "CIFAR-100, 50,000", "[0](../published/first), [1](../published/later/seed1)",
+                          "[model_dynamic.pth](../published/first/model_dynamic.pth) (1.5 MB)"]
+    assert words[:2] == ["python", "train_cifar100.py"] and "30" in words
+    write_run(folder / "again", 64.0, flags="--epochs 30 --seed 1")   # no further seed
+    write_run(folder / "joint", 50.0, flags="--epochs 30 --method joint")
+    write_run(folder / "imagenet", 50.0, **IMAGENET)
+    (folder / "begun").mkdir()
+    (folder / "begun" / "results.json").write_text("{}")
+    rows = table_and_commands(folder)
+    assert [(row[0][1], row[0][4]) for row in rows] == [
+        ("BoostNet", "62.00 +- 2.83"), ("BoostNet", "62.00"), ("joint training", "50.00"), ("BoostNet", "50.00")]
+    assert rows[2][0][-1] == "1 `--method joint`" and rows[0][0][-1] == "1"
+    assert rows[3][1][:3] == ["torchrun", "--nproc_per_node=4", "train_imagenet.py"]
+    assert "begun holds no finished run" in published_runs(folder, tmp_path / "page.md").splitlines()[-1]

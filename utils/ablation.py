@@ -68,9 +68,10 @@ def read_settings(folder: Path) -> tuple[Groups, list[str]]:
     runs, left_out = read_runs(sorted(path.parent for path in folder.glob("*/results.json")))
     groups: dict[Factors, list[FinishedRun]] = {}
     for group in seeds_together(runs):
+        place = factors(group[0])   # first, since another method differs in flags of its own as well
         if other := differences(runs[0], group[0], FLAGS):
             raise UserError(f"{runs[0].folder} and {group[0].folder} differ in {other[0]}, which is no part of the ablation")
-        same = groups.setdefault(factors(group[0]), group)
+        same = groups.setdefault(place, group)
         if same is not group:
             raise UserError(f"{same[0].folder} and {group[0].folder} are of the same setting; keep one of them in {folder}")
     if REFERENCE not in groups:

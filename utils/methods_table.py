@@ -102,8 +102,10 @@ def read_comparison(folder: Path) -> Comparison:
         raise UserError(f"{folder} holds no finished run" + "".join(f"; {line}" for line in notes))
     runs.sort(key=lambda run: (METHODS[run.method].second_stage, list(METHODS).index(run.method)))
     first, rows = runs[0], []
+    # With milestones, --lr_step is of the weight network's rate alone, which some methods have.
+    own = FLAGS | ({"lr_step"} if first.settings["lr_type"] == "multistep" else set())
     for i, run in enumerate(runs):
-        if other := differences(first, run, FLAGS) or ["seed"] * (run.seed != first.seed):
+        if other := differences(first, run, own) or ["seed"] * (run.seed != first.seed):
             raise UserError(f"{first.folder} and {run.folder} differ in {other[0]}; here runs may differ in their method "
                             "alone")
         if i and runs[i - 1].method == run.method:

@@ -2,6 +2,7 @@
 
     python -m utils.report runs/msdnet_boost runs/msdnet_joint runs/msdnet_boost_seed1
     python -m utils.report published/*/*/ --markdown
+    python -m utils.report                               # the table of all published runs in docs/results.md
 
 Reads results.json and dynamic*.json, and nothing else; what cannot be read is named below the tables. Only runs of the paper's
 networks with the paper's schedule enter the paper's tables; headline is the last epoch. Runs that differ in nothing but --seed,
@@ -29,12 +30,17 @@ from utils.reports.finished_runs import (
     by_exit,
     differences,
     kinds_of_epoch,
+    mean_and_deviation,
     read_evaluation,
     read_runs,
     seeds_together,
+    training_flags,
 )
+from utils.reports.published_runs import published_runs
 from utils.runs.result_files import FAMILIES, reading_words
 
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED, PAGE = ROOT / "published", ROOT / "docs/results.md"
 NOT_RUN = "not run"
 MOST_BUDGETS = 8
 Group = Sequence[FinishedRun]   # that differ in their seed only
@@ -68,8 +74,7 @@ def mean(group: Group, best: bool = False) -> list[float]:
 
 def shown(group: Group, best: bool = False) -> list[str]:
     """Cells of a group: value, or mean +- standard deviation."""
-    return [f"{statistics.fmean(values):.2f}" + (f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-            for values in by_exit(group, best)]
+    return [mean_and_deviation(values) for values in by_exit(group, best)]
 
 
 def signed(a: Sequence[float], b: Sequence[float]) -> list[str]:
@@ -147,15 +152,8 @@ def own_tables(groups: Iterable[Group]) -> list[Table]:
 
 def network(run: FinishedRun) -> str:
     """The network as flags, defaults left out."""
-    parser = build_parser()
-    given = parser.defaults()
-    listed = [f"{parser.spelling(name)} {flag_text(run.settings[name])}" for name in NETWORK
-              if name != "arch" and run.settings[name] != given[name]]
-    return " ".join([run.settings["arch"], *listed])
-
-
-def flag_text(value: Any) -> str:
-    return "-".join(map(str, value)) if isinstance(value, list) else str(value)
+    flags = training_flags(run)
+    return " ".join([run.settings["arch"], *(flags[name] for name in NETWORK if name != "arch" and name in flags)])
 
 
 def distinct(groups: Sequence[Group]) -> list[str]:
@@ -163,7 +161,7 @@ def distinct(groups: Sequence[Group]) -> list[str]:
     parser, settings = build_parser(), [group[0].settings for group in groups]
     names = [name for name in (settings[0] if settings else ()) if name not in ("method", *NETWORK)
              and len({str(s[name]) for s in settings if s[name] is not None}) > 1]
-    labels = ["".join(f", {parser.spelling(name)} {flag_text(s[name])}" for name in names if s[name] is not None)
+    labels = ["".join(f", {words}" for name in names if s[name] is not None and (words := parser.words(name, s[name])))
               for s in settings]
     pairs = [(group[0].method, label) for group, label in zip(groups, labels)]
     return [f"{label} ({group[0].folder.name})" if pairs.count(pair) > 1 else label
@@ -224,10 +222,14 @@ def report(folders: Sequence[Path]) -> list[Table]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser("python -m utils.report", description=__doc__.splitlines()[0])
-    parser.add_argument("result_dirs", nargs="+", metavar="RESULT_DIR", help="folder of a training run")
+    parser.add_argument("result_dirs", nargs="*", metavar="RESULT_DIR",
+                        help="folder of a training run; without one, the table of all published runs in docs/results.md")
     parser.add_argument("--markdown", action="store_true", help="tables for a README in place of aligned text")
     args = parser.parse_args(argv)
     with user_errors():
+        if not args.result_dirs:
+            print(published_runs(PUBLISHED, PAGE))
+            return 0
         tables = report([Path(folder) for folder in args.result_dirs])
         print("\n\n".join(table.markdown() if args.markdown else table.text() for table in tables))
     return 0

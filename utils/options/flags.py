@@ -6,6 +6,7 @@ import re
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from utils.options.catalog import (
     ARCHITECTURES,
@@ -21,6 +22,7 @@ from utils.options.catalog import (
     RUNTIMES,
     STEMS,
     THRESHOLDS,
+    stem_for,
 )
 from utils.options.parser import OneLineParser, list_of, number, path, true_false, whole, within, written_path
 
@@ -52,6 +54,13 @@ share = within(number, 0, 1)
 positive = within(number, 0, 1e30, above=True)
 not_negative = within(number, 0, 1e30)
 factor = within(number, 0, 1, above=True)
+
+
+def implied(dataset: str, method: str, image_size: int | None = None) -> dict[str, Any]:
+    """Values of flags that are not given, where they follow from others, by dest name."""
+    facts = DATASETS[dataset]
+    side = image_size or facts.image_size or LEAST_SIDE
+    return {"image_size": side, "stem": stem_for(side), "valid_size": facts.valid_size, **METHODS[method].defaults}
 
 
 class Milliseconds(float):

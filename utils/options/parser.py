@@ -30,7 +30,22 @@ class OneLineParser(argparse.ArgumentParser):
 
     def spelling(self, dest: str) -> str:
         """The flag behind a dest name, `--batch-size` for `batch_size`."""
-        return next((action.option_strings[0] for action in self._actions if action.dest == dest), dest)
+        action = self._action(dest)
+        return action.option_strings[0] if action else dest
+
+    def words(self, dest: str, value: Any) -> str:
+        """A flag with its value as on a command line, `--lr_milestones 150,225`; of a switch the flag alone, or nothing."""
+        action = self._action(dest)
+        if action and action.nargs == 0:
+            return self.spelling(dest) if value else ""
+        if isinstance(value, bool):
+            value = str(value).lower()
+        if isinstance(value, list):
+            value = getattr(action and action.type, "separator", ",").join(map(_plain, value))
+        return f"{self.spelling(dest)} {_plain(value)}"
+
+    def _action(self, dest: str) -> argparse.Action | None:
+        return next((action for action in self._actions if action.dest == dest), None)
 
     def defaults(self) -> dict[str, Any]:
         """Dest name -> value of every flag that is not given."""
@@ -111,7 +126,13 @@ def list_of(convert: Callable[[str], Any], separator: str, example: str) -> Call
         except ArgumentTypeError as error:
             raise ArgumentTypeError(f"{error}; the form is {example}") from None
 
+    parse.separator = separator   # with which `OneLineParser.words` joins the values again
     return parse
+
+
+def _plain(value: Any) -> str:
+    """A value as it is typed."""
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
 def shown(value: Any) -> str:

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import statistics
+from argparse import Namespace
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +11,10 @@ from typing import Any
 
 from utils.core.errors import UserError
 from utils.core.files import misfit, read_json
-from utils.options.catalog import METHODS
-from utils.options.flags import BEFORE_THE_FLAG, FREE_ON_RESUME, build_parser
+from utils.options.catalog import DATASETS, METHODS
+from utils.options.effects import TRAINING, without_effect
+from utils.options.flags import BEFORE_THE_FLAG, FREE_ON_RESUME, build_parser, implied
+from utils.options.network import stem_of
 from utils.runs.result_files import CHOSEN, FAMILIES, RESULTS
 
 # How a run was judged, and what chance decided, make no other training.
@@ -18,8 +22,9 @@ NOT_TRAINING = FREE_ON_RESUME - {"checkpoint", "start_epoch"} | {"seed", "paper_
 
 # Shapes (`utils.core.files.misfit`) of what is read, and what stands in for entries that older versions did not write.
 RUN = {"format": 1, "processes": int, "n_train": (int, None), "data_hash": (str, None), "split_hash": (str, None),
-       "config": {"seed": int, "arch": str, "epochs": int, "batch_size": int, "ensemble_reweight": [float]},
-       "test": {"dataset": str, "method": tuple(METHODS), "n_test": int, "macs": [float], "top1": [float], "epoch": int},
+       "config": {"seed": int, "arch": str, "epochs": int, "batch_size": int, "image_size": int, "ensemble_reweight": [float]},
+       "test": {"dataset": tuple(DATASETS), "method": tuple(METHODS), "n_test": int, "macs": [float], "top1": [float],
+                "epoch": int},
        "best_on_test": ({"top1": [float]}, None)}
 OLDER_RUN = {"processes": 1, "n_train": None, "data_hash": None, "best_on_test": None}
 
@@ -78,7 +83,7 @@ def read_run(folder: Path) -> FinishedRun | None:
     if not path.exists() or "test" not in read_json(path):
         return None
     results = read_json(path, RUN, OLDER_RUN)
-    config, test = {**BEFORE_THE_FLAG, **results["config"]}, results["test"]
+    config, test = {"stem": stem_of(results["config"]), **BEFORE_THE_FLAG, **results["config"]}, results["test"]
     on_test = results["best_on_test"] and results["best_on_test"]["top1"]
     if not len(test["macs"]) == len(test["top1"]) == len(on_test or test["top1"]):
         raise UserError(f"{path} is damaged: its accuracies are not one number for each exit")
@@ -121,22 +126,42 @@ def require_folder(folder: Path) -> None:
         raise UserError(f"{folder} is not a folder; pass the --result_dir of a run")
 
 
+def training_flags(run: FinishedRun) -> dict[str, str]:
+    """The flags that made a training, those of the seed and of the judging apart, as words of its command by dest name."""
+    parser, settings = build_parser(), run.settings
+    defaults = parser.defaults()
+    usual = {**defaults, **implied(run.dataset, run.method, settings["image_size"]),
+             "image_size": implied(run.dataset, run.method)["image_size"]}
+    given = [name for name in usual if settings.get(name) is not None and settings[name] != usual[name]]
+    return {name: parser.words(name, settings[name]) for name in given
+            if not without_effect(Namespace(**{**defaults, **settings, "explicit": [name]}), parser, TRAINING)}
+
+
+def of_one_training(runs: Iterable[FinishedRun]) -> list[list[FinishedRun]]:
+    """Groups of runs that differ in nothing but their seed, and the hold-out drawn with it."""
+    groups: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps([run.settings, run.macs], sort_keys=True), []).append(run)
+    return list(groups.values())
+
+
 def seeds_together(runs: Iterable[FinishedRun]) -> list[list[FinishedRun]]:
-    """Groups of runs that differ only in their seed, and the hold-out drawn with it.
+    """`of_one_training`, where every seed may be there once.
 
     Raises:
         UserError: when two are of the same seed.
     """
-    groups: dict[str, dict[int, FinishedRun]] = {}
-    for run in runs:
-        group = groups.setdefault(json.dumps([run.settings, run.macs], sort_keys=True), {})
-        same = group.setdefault(run.seed, run)
-        if same is not run:
-            # The seed and the training labels determine the hold-out.
-            other = "" if same.split_hash == run.split_hash else " and trained on other images"
-            raise UserError(f"{same.folder} and {run.folder} are runs of the same flags, seed {run.seed} included{other}; "
-                            "give one")
-    return [list(group.values()) for group in groups.values()]
+    groups = of_one_training(runs)
+    for group in groups:
+        first: dict[int, FinishedRun] = {}
+        for run in group:
+            same = first.setdefault(run.seed, run)
+            if same is not run:
+                # The seed and the training labels determine the hold-out.
+                other = "" if same.split_hash == run.split_hash else " and trained on other images"
+                raise UserError(f"{same.folder} and {run.folder} are runs of the same flags, seed {run.seed} included{other}; "
+                                "give one")
+    return groups
 
 
 def differences(a: FinishedRun, b: FinishedRun, besides: Collection[str] = ()) -> list[str]:
@@ -147,6 +172,11 @@ def differences(a: FinishedRun, b: FinishedRun, besides: Collection[str] = ()) -
 def by_exit(group: Sequence[FinishedRun], best: bool = False) -> list[tuple[float, ...]]:
     """For each exit the top-1 of all runs of a group after the last epoch, or in the epoch that the test set likes best."""
     return list(zip(*(run.on_test if best else run.top1 for run in group)))
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Cell of a table: a value, or mean +- standard deviation of several."""
+    return f"{statistics.fmean(values):.2f}" + (f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 # Evaluation files
