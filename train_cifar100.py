@@ -24,6 +24,7 @@ from utils.options.network import NetworkSpec
 from utils.runs.checkpoint import hash_weights
 from utils.runs.folder import claim, epochs_begun, find_run, start_run
 from utils.runs.restore import build_model, describe, stored_split
+from utils.training.average import WeightAverage
 from utils.training.fast_forward import training_forward
 from utils.training.optim import Schedule, build_optimizer
 from utils.training.start import introduce, load_start, require_same_flags, require_same_start
@@ -83,7 +84,7 @@ def train(args: Namespace, device: torch.device, signals: StopSignals) -> int:
         trainer = Trainer(method, data, run, schedule=schedule, description=description, epochs=args.epochs,
                           start_epoch=args.start_epoch, print_freq=args.print_freq,
                           save_every_minutes=args.save_every_minutes, paper_protocol=args.paper_protocol,
-                          teacher_hash=teacher_hash)
+                          teacher_hash=teacher_hash, average=WeightAverage(model, args.ema) if args.ema else None)
         if saved:
             trainer.resume(saved)
         elif args.resume:

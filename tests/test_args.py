@@ -35,7 +35,7 @@ FLAGS = """
 --amp --arch --base --batch-size --block-step --bnAfter --bnFactor --bottleneck --budget --channels_last --checkpoint
 --checkpoint_key --compile --compress-factor --confidence_level --constraint_dimension --cost --cuda_graphs --data-root
 --dataset --decay-rate --decoder
---deterministic --device --dist_backend --distill_T --distill_weight --distributed --ensemble --ensemble_reweight
+--deterministic --device --dist_backend --distill_T --distill_weight --distributed --ema --ensemble --ensemble_reweight
 --epochs --epsilon --evalmode --evaluate-from --flat_curve --gpu --grFactor --groups --growthRate --help --image_size
 --images --images_per_class --include_final --label_smoothing --learning-rate
 --local-rank --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones --lr_step --max_drop
@@ -60,7 +60,7 @@ DEFAULTS = dict(
     constraint_dimension="mat", epsilon=0.3, target_p_index=15, meta_interval=1, meta_lr=1e-4, meta_weight_decay=1e-4,
     paper_protocol=False, epochs=300, start_epoch=0, batch_size=64, optimizer="sgd", lr_f=0.1,
     lr_type="multistep", lr_milestones=[100, 200], decay_rate=0.1, momentum=0.9, weight_decay=[1e-4],
-    lr_step="batch", warmup_epochs=0.0, nesterov=False, label_smoothing=0.0,
+    lr_step="batch", warmup_epochs=0.0, nesterov=False, label_smoothing=0.0, ema=None,
     amp="off", channels_last=False, compile=False, cuda_graphs=False,
     evaluate_from=None, evalmode="anytime", ensemble=None, policy="confidence", budget=None, cost="macs",
     images=None, runtime="torch",
@@ -111,6 +111,8 @@ MISTAKES = [
     ("--epochs 3 --warmup_epochs 3", "--warmup_epochs"),
     ("--warmup_epochs=-1", "--warmup_epochs"),
     ("--label_smoothing 1", "--label_smoothing"),
+    ("--ema 0", "--ema"),
+    ("--ema 1", "--ema"),
     ("--label_smoothing=-0.1", "--label_smoothing"),
     ("--arch ranet --prune min", "--prune"),
     ("--arch ranet --base 4", "--base"),
@@ -401,7 +403,7 @@ def test_the_table_of_effects_is_of_all_flags():
     assert of_one_task[TRAINING] == set(
         "tensorboard_dir resume checkpoint new_classifier deterministic print_freq save_every_minutes epochs start_epoch "
         "images_per_class optimizer lr_f lr_type lr_milestones decay_rate momentum weight_decay amp "
-        "lr_step warmup_epochs nesterov label_smoothing "
+        "lr_step warmup_epochs nesterov label_smoothing ema "
         "channels_last compile cuda_graphs loss_equal groups overlap include_final distill_weight distill_T teacher "
         "meta_net_hidden_size meta_net_num_layers "
         "meta_net_input_type constraint_dimension epsilon target_p_index meta_interval meta_lr meta_weight_decay".split())

@@ -41,7 +41,8 @@ NETWORKS = {
     "ranet": "--arch ranet_ge --nBlocks 1 --block-step 1 --step 1 --grFactor 4-2-1 --bnFactor 4-2-1",
 }
 RUNS = {"msdnet": "msdnet", "ranet": "ranet", "equalised": "unread --loss_equal", "equalised_ranet": "ranet --loss_equal",
-        "distilled": "msdnet --method boost_distill"}
+        "distilled": "msdnet --method boost_distill", "averaged": "msdnet --ema 0.6 --label_smoothing 0.1 --lr-type linear"}
+OWN = {"own": "msdnet", "own_averaged": "msdnet --ema 0.6"}   # in which every process has statistics of its own images
 MINUTE = 60
 ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}   # torchrun's
 
@@ -92,7 +93,8 @@ def together(images, alone, tmp_path_factory) -> Path:
     """Folder of the same runs in two processes, in batches of 3 each, and of the evaluation of the same checkpoint."""
     folder = tmp_path_factory.mktemp("together")
     runs = [{"script": "train", "flags": train_flags(images, folder / name, network, 3)} for name, network in RUNS.items()]
-    runs.append({"script": "train", "flags": train_flags(images, folder / "own", "msdnet", 3), "own_statistics": True})
+    runs += [{"script": "train", "flags": train_flags(images, folder / name, network, 3), "own_statistics": True}
+             for name, network in OWN.items()]
     run_ranks(2, [*runs, *eval_runs(images, alone / "msdnet/model_best.pth", folder)], folder)
     return folder
 
@@ -189,14 +191,16 @@ def test_the_sums_of_an_epoch_are_saved_and_restored_for_each_process(together):
 def test_all_processes_validate_the_network_that_is_saved(together):
     """Each normalises its training images by their own statistics; for the hold-out those of the first one count."""
     first, second = (json.loads((together / f"report{rank}.json").read_text())["validated"] for rank in (0, 1))
-    assert first == second and len(first) == len(RUNS) + 1
-    saved = checkpoint.load(together / "own" / checkpoint.LATEST)["state_dict"]
-    assert first[-1] == pytest.approx(sum(tensor.sum().item() for name, tensor in saved.items() if "running" in name), rel=1e-6)
+    assert first == second and len(first) == len(RUNS) + len(OWN)
+    for run, validated in zip(OWN, first[-len(OWN):], strict=True):
+        saved = checkpoint.load(together / run / checkpoint.LATEST)["state_dict"]
+        total = sum(tensor.sum().item() for name, tensor in saved.items() if "running" in name)
+        assert validated == pytest.approx(total, rel=1e-6)
 
 
 def test_what_many_processes_print_comes_once(together):
     output = (together / "output").read_text()
-    assert output.count("epoch 1/1  lr") == len(RUNS) + 1 and output.count("Budgeted batch") == 1
+    assert output.count("epoch 1/1  lr") == len(RUNS) + len(OWN) and output.count("Budgeted batch") == 1
 
 
 class Recorder(nn.Module):

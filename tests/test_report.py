@@ -82,7 +82,7 @@ def test_the_papers_table_has_its_rows_this_projects_and_the_difference(tmp_path
 @pytest.mark.parametrize("change", [
     "--epochs 299", "--lr_milestones 150,226", "--batch-size 128", "--lr_f 0.05", "--ensemble_reweight 0.4", "--arch msdnet",
     "--base 5", "--use-valid", "--trainable_ensemble", "--optimizer adam", "--weight-decay 5e-4", "--loss_equal", "--nesterov",
-    "--warmup_epochs 5", "--label_smoothing 0.1"])
+    "--warmup_epochs 5", "--label_smoothing 0.1", "--ema 0.999"])
 def test_a_run_of_other_settings_never_enters_the_papers_table(tmp_path, change):
     macs = {"macs": [m + 10**6 for m in MACS["msdnet_cifar100_anytime"]["macs"]]} if change == "--base 5" else {}
     tables = report.report([write_run(tmp_path / "run", flags=change, **macs)])

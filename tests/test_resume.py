@@ -29,6 +29,7 @@ SETUPS = {
     "boosted": [],
     "joint": "--method joint --optimizer adam --lr_f 0.01 --lr-type cosine --loss_equal --arch msdnet".split(),
     "linear": "--lr-type linear --nesterov --warmup_epochs 0.5".split(),
+    "averaged": "--ema 0.8 --lr-type cosine".split(),
 }
 STEPS = 10   # two epochs of five
 
@@ -80,9 +81,9 @@ def test_a_run_stopped_after_any_step_ends_as_if_it_had_not_been(images, uninter
     assert not list(differences(outcome(tmp_path), uninterrupted("boosted")))
 
 
-@pytest.mark.parametrize("setup", ["joint", "linear"])
+@pytest.mark.parametrize("setup", ["joint", "linear", "averaged"])
 @pytest.mark.parametrize("step", [2, 5, 8])
-def test_adam_rates_per_batch_and_loss_averages_come_back_as_they_were(images, uninterrupted, tmp_path, monkeypatch, step, setup):
+def test_adam_rates_per_batch_and_averages_come_back_as_they_were(images, uninterrupted, tmp_path, monkeypatch, step, setup):
     stop_and_resume(images, tmp_path, setup, step, monkeypatch)
     assert not list(differences(outcome(tmp_path), uninterrupted(setup)))
 
@@ -229,9 +230,11 @@ def test_when_the_latest_checkpoint_is_lost_the_best_file_still_fits_the_results
     assert (said["epoch"], said["top1"]) == best and checkpoint.load(tmp_path / checkpoint.BEST)["epoch"] == best[0]
 
 
-def test_a_run_that_is_killed_in_mid_epoch_goes_on_from_what_it_saved_by_the_clock(images, uninterrupted, tmp_path, monkeypatch):
+@pytest.mark.parametrize("setup", ["boosted", "linear", "averaged"])
+def test_a_run_that_is_killed_in_mid_epoch_goes_on_from_what_it_saved_by_the_clock(images, uninterrupted, tmp_path, monkeypatch,
+                                                                                   setup):
     """Every third step is a look at the clock, which here always says that it is time."""
-    line = command(images, tmp_path, "--save_every_minutes", "1e-9")
+    line = command(images, tmp_path, "--save_every_minutes", "1e-9", *SETUPS[setup])
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         add, steps = trainer.EpochFigures.add, iter(range(1, 10**9))
         patch.setattr(trainer.EpochFigures, "add", lambda self, *a: killed() if next(steps) == 10 else add(self, *a))
@@ -239,7 +242,7 @@ def test_a_run_that_is_killed_in_mid_epoch_goes_on_from_what_it_saved_by_the_clo
     saved = checkpoint.load(tmp_path / checkpoint.LATEST)
     assert (saved["epoch"], saved["epoch_kind"]) == (1, "step 3 of epoch 2") and saved["training"]["figures"]["seconds"] > 0
     assert train_cifar100.main([*line, "--resume"]) == 0
-    assert not list(differences(outcome(tmp_path), uninterrupted("boosted")))
+    assert not list(differences(outcome(tmp_path), uninterrupted(setup)))
 
 
 def test_the_clock_is_that_of_the_first_process_and_starts_again_with_every_save(images, tmp_path, monkeypatch):
@@ -293,6 +296,7 @@ PIECES = {
     "place in the epoch": (trainer.EpochFigures, "load_state_dict", "boosted"),
     "random.random": (random, "setstate", "boosted"), "np.random": (np.random, "set_state", "boosted"),
     "torch.rand": (torch, "set_rng_state", "boosted"),
+    "average": (checkpoint, "load_weights", "averaged"),
 }
 
 
@@ -318,7 +322,7 @@ def finished(images, tmp_path_factory) -> Path:
 CHANGES = ["--nBlocks 3", "--nChannels 8", "--arch msdnet", "--method joint", "--ensemble_reweight 0.2", "--trainable_ensemble",
            "--seed 1", "--valid_size 9", "--batch-size 16", "--optimizer adam", "--lr_f 0.2", "--lr-type cosine",
            "--lr-type linear", "--lr_milestones 2", "--decay-rate 0.5", "--nesterov", "--warmup_epochs 0.5",
-           "--label_smoothing 0.1", "--momentum 0.8", "--weight-decay 0", "--loss_equal", "--dataset glyphs",
+           "--label_smoothing 0.1", "--ema 0.9", "--momentum 0.8", "--weight-decay 0", "--loss_equal", "--dataset glyphs",
            "--amp bf16", "--channels_last", "--compile"]
 
 

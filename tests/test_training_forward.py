@@ -217,7 +217,8 @@ def stopped_and_resumed_equals_uninterrupted(images, folder, monkeypatch, *more:
 
 
 def test_a_run_with_flags_for_speed_resumes_to_the_same_bits(images, tmp_path, monkeypatch, quick_compile):
-    stopped_and_resumed_equals_uninterrupted(images, tmp_path, monkeypatch, "--amp", "bf16", "--channels_last", "--compile")
+    stopped_and_resumed_equals_uninterrupted(images, tmp_path, monkeypatch, "--amp", "bf16", "--channels_last", "--compile",
+                                             "--ema", "0.8", "--lr-type", "linear")
 
 
 def test_graphs_without_cuda_are_refused_with_one_line(images, tmp_path, capsys, monkeypatch):
@@ -260,7 +261,7 @@ def test_losses_on_a_gpu_stay_within_the_arithmetic(name, options, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_graphs_on_a_gpu_resume_to_the_same_bits(images, tmp_path, monkeypatch, deterministic, amp):
+@pytest.mark.parametrize("more", [[], ["--amp", "bf16"], ["--amp", "bf16", "--ema", "0.8", "--lr-type", "linear"]])
+def test_graphs_on_a_gpu_resume_to_the_same_bits(images, tmp_path, monkeypatch, deterministic, more):
     stopped_and_resumed_equals_uninterrupted(images, tmp_path, monkeypatch, "--device", "cuda", "--deterministic",
-                                             "--cuda_graphs", "--amp", amp)
+                                             "--cuda_graphs", *more)

@@ -19,6 +19,7 @@ from utils.evaluation.programs import ABOUT, SUFFIXES, write_folder
 from utils.options.catalog import THRESHOLDS
 from utils.options.parser import OneLineParser
 from utils.runs import checkpoint
+from utils.runs.result_files import averaged_words
 
 # What makes evaluation write each kind of thresholds.
 FLAGS = {"geometric": "", "optimised": " --thresholds optimised", "promise": " --max_drop P"}
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for n, (file, difference) in enumerate(written):
         checked = "" if difference is None else f", at most {difference:.1e} of an output's largest value from PyTorch"
         print(f"{out / file.name}: exit {n + 1} of {model.n_exits}, {file.stat().st_size / 1e6:.2f} MB{checked}", flush=True)
+    if averaged := averaged_words(saved):
+        print(f"{path} holds {averaged}")
     print(f"{out / ABOUT}: thresholds of {len(points)} budgets, costs, class names")
     return 0
 

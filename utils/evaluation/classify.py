@@ -30,6 +30,7 @@ from utils.evaluation.early_exit import Exits
 from utils.evaluation.runtime import Runtime, open_runtime
 from utils.options.catalog import THRESHOLDS
 from utils.runs.restore import name_outputs, restore, spec_of
+from utils.runs.result_files import averaged_words
 
 
 def classify_files(args: argparse.Namespace, saved: dict[str, Any], open_data: Callable[[], Any], device: torch.device) -> None:
@@ -59,7 +60,7 @@ def classify_files(args: argparse.Namespace, saved: dict[str, Any], open_data: C
     names = name_outputs(saved.get("class_names"), args.num_classes)
     if args.predictions:
         write_predictions(Path(args.predictions), files, results, names, macs)
-    _print(files, results, names, macs, chosen.origin, args.policy)
+    _print(files, results, names, macs, "; ".join(filter(None, [chosen.origin, averaged_words(saved)])), args.policy)
     if chosen.monitor:
         chosen.monitor.add(np.bincount(results.exit.numpy(), minlength=len(macs)).tolist())
         chosen.monitor.summary()   # warns if these images are of another kind

@@ -89,7 +89,7 @@ def header(saved: dict[str, Any], folder: Path, model: BoostedNet, data, *, ense
             "ensemble": ensemble, "policy": policy, "temperatures": list(model.temperatures), "epoch": saved.get("epoch"),
             "epoch_kind": saved.get("epoch_kind"), "weights_hash": hash_weights(saved["state_dict"]),
             "split_hash": split["hash"] if split else None, "n_valid": data.n_valid, "n_test": data.n_test, "macs": macs,
-            "params": params}
+            "params": params, **({"ema": saved["ema"]} if saved.get("ema") else {})}
 
 
 def evaluate_anytime(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], suffix: str = "") -> dict[str, Any]:

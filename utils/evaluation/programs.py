@@ -171,6 +171,7 @@ def describe(model: BoostedNet, saved: dict[str, Any], steps: Sequence[str], poi
     mean, std = statistics_of(saved["dataset"], side)
     tools = {"torch": ["torch"], "onnx": ["torch", "onnx", "onnxscript", "onnxruntime"]}[form]
     return {"format": FORMAT, "runtime": form, "arch": saved["architecture"]["arch"], "method": saved["method"],
+            **({"ema": saved["ema"]} if saved.get("ema") else {}),
             "dataset": saved["dataset"], "steps": list(steps), "image_size": side, "mean": mean, "std": std,
             "class_names": name_outputs(saved.get("class_names"), saved["architecture"]["num_classes"]),
             "temperatures": list(model.temperatures),

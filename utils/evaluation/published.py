@@ -39,7 +39,7 @@ from utils.evaluation.thresholds import describe_gain, optimised_curve
 from utils.options.parser import rising
 from utils.runs import checkpoint
 from utils.runs.folder import SPLIT
-from utils.runs.result_files import RESULTS
+from utils.runs.result_files import RESULTS, averaged_words
 
 KINDS = ("anytime", "dynamic")
 CURVES = ("anytime", "dynamic", "dynamic_released", "dynamic_optimised")   # files that are drawn from the arrays
@@ -115,12 +115,14 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
     if results:
         write_json(folder / RESULTS, results)
     redraw(folder, kind)
+    averaged = f", {averaged_words(about)}" if averaged_words(about) else ""
     unknown = ["-"] * model.n_exits
     before = [f"{top1:.2f}" for top1 in top1_float32] if top1_float32 else unknown
     changed = (full.correct != rounded.correct).sum(dim=1).tolist() if full else unknown
     say(format_table(["exit", "float32 top-1 %", "half top-1 %", "answers changed"],
                      [[n + 1, a, f"{b:.2f}", c] for n, (a, b, c) in enumerate(zip(before, rounded.top1, changed))],
-                     title=f"\n{folder}: {rounded.n_samples} test images; an answer changed where it became right or wrong"))
+                     title=f"\n{folder}{averaged}: {rounded.n_samples} test images; an answer changed where it became right or "
+                           "wrong"))
 
 
 def _is_half(weights: dict[str, Tensor]) -> bool:

@@ -76,7 +76,7 @@ EFFECTS: dict[str, Effect] = {
     "teacher": _training(method=_methods("teacher"), distill_weight=True),
     # Training.
     **dict.fromkeys(("epochs", "optimizer", "lr_f", "lr_type", "lr_milestones", "weight_decay", "warmup_epochs",
-                     "label_smoothing"), _training()),
+                     "label_smoothing", "ema"), _training()),
     "start_epoch": _training(resume=False, checkpoint=True),
     "momentum": _training(optimizer=("sgd", "rmsprop")),
     "nesterov": _training(optimizer=("sgd",), momentum=True),

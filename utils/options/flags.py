@@ -277,6 +277,9 @@ def _training_flags(parser: argparse.ArgumentParser) -> None:
         help="of sgd and rmsprop (default: %(default)s)")
     add("--label_smoothing", type=within(number, 0, 1, below=True), default=0.0, metavar="X",
         help="share of every target that is spread evenly over the classes, in all cross entropies of training (default: 0)")
+    add("--ema", type=within(number, 0, 1, above=True, below=True), metavar="D",
+        help="average the weights over the steps, with this decay in every step of the optimiser, such as 0.999; all figures of "
+             "hold-out and test, and what is evaluated, published and exported, are then of the average")
     add("--nesterov", action="store_true", help="sgd: Nesterov's momentum")
     add("--weight-decay", "--wd", type=list_of(not_negative, ",", "1e-4,5e-4"), default="1e-4", metavar="X[,X]",
         help="two values: from the first to the last of MSDNet's blocks (default: %(default)s)")

@@ -30,12 +30,12 @@ OLDER_RUN = {"processes": 1, "n_train": None, "data_hash": None, "best_on_test":
 
 EVALUATION = {"format": 1, "name": str, "dataset": str, "method": str, "arch": str, "config": dict, "n_test": int,
               "macs": [float], "ensemble": (str, None), "policy": str, "temperatures": ([float], []),
-              "epoch": (int, None), "epoch_kind": (str, None)}
+              "epoch": (int, None), "epoch_kind": (str, None), "ema": (float, None)}
 POINT = {"budget": (float, None), "valid_mean_macs": float, "valid_top1": float, "test_mean_macs": float, "test_top1": float}
 MODES = {"anytime": {**EVALUATION, "top1": [float]},
          "dynamic": {**EVALUATION, "split_hash": (str, None), "flat": bool, "family": tuple(FAMILIES), "points": [POINT]}}
 OLDER_EVALUATION = {"ensemble": None, "policy": "confidence", "temperatures": [], "epoch": None, "epoch_kind": None,
-                    "split_hash": None}
+                    "ema": None, "split_hash": None}
 ON_TEST = "best on test set"   # the kind of epoch that nothing honest can be compared with
 
 

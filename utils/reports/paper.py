@@ -50,7 +50,7 @@ ANYTIME = {
 # How the anytime models were trained, by the flags' dest names, and images per step of all processes together. The baseline
 # of MSDNet rescales gradients; RANet's does not in the released code, though the paper speaks of it.
 TRAINING = {"optimizer": "sgd", "lr_f": 0.1, "lr_type": "multistep", "decay_rate": 0.1, "momentum": 0.9, "nesterov": False,
-            "warmup_epochs": 0.0, "label_smoothing": 0.0, "weight_decay": [1e-4],
+            "warmup_epochs": 0.0, "label_smoothing": 0.0, "ema": None, "weight_decay": [1e-4],
             "loss_equal": False, "trainable_ensemble": False, "use_valid": False, "start_epoch": 0, "checkpoint": None}
 SCHEDULES = {"cifar100": {"epochs": 300, "lr_milestones": [150, 225]}, "imagenet": {"epochs": 90, "lr_milestones": [30, 60]}}
 IMAGES_PER_STEP = {"cifar100": 64, "imagenet": 256}

@@ -1,7 +1,8 @@
 """Checkpoints: written so that a file is whole or absent, read without ever running code from it.
 
 A checkpoint holds the backbone's state_dict under its released names and what is needed to use it: architecture flags,
-method, temperatures, class names, hold-out split. `model_latest.pth` also holds what is needed to go on training.
+method, temperatures, class names, hold-out split. `model_latest.pth` also holds what is needed to go on training, under
+`training`. With --ema (`ema` in the file) the state_dict is the average, and `training` has the weights that are trained.
 """
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, BinaryIO
 
 import torch
@@ -31,7 +33,8 @@ logger = logging.getLogger("boostnet")
 
 # What is beside the weights in a checkpoint of this project, and under `training` in one that a run can go on from.
 CONTENT = {"architecture": dict, "dataset": str, "class_names": list, "method": str, "temperatures": list,
-           "trainable_ensemble": bool, "split": (dict, type(None)), "epoch": int, "epoch_kind": str}
+           "trainable_ensemble": bool, "split": (dict, type(None)), "epoch": int, "epoch_kind": str,
+           "ema": (float, EllipsisType)}   # which is missing where there is no average
 TRAINING = {"optimizer": dict, "objective": dict, "figures": dict, "best": dict, "history": list,
             "rng": dict, "config": dict, "n_train": int, "labels_hash": str, "processes": int}
 

@@ -67,15 +67,21 @@ def stem(mode: str, about: Mapping[str, Any], save_suffix: str = "") -> str:
 
 
 def describe(about: Mapping[str, Any]) -> str:
-    """The method of a result file, with ensemble and policy where they are not the usual ones (older files have none)."""
+    """The method of a result file, with weights, ensemble and policy where they are not the usual ones (some files have none)."""
     how = reading_words(about)
     return f"{about['method']} ({', '.join(how)})" if how else about["method"]
 
 
+def averaged_words(about: Mapping[str, Any]) -> str | None:
+    """What a file's weights are, where they are an average over the steps of training (--ema)."""
+    return f"averaged weights, decay {about['ema']:.12g}" if about.get("ema") else None
+
+
 def reading_words(about: Mapping[str, Any]) -> list[str]:
-    """What is not usual in how a result file's exits were read."""
+    """What is not usual in a result file's weights, and in how its exits were read."""
     temperatures = unusual_temperatures(about)
-    words = (ENSEMBLES.get(about.get("ensemble")), temperatures and f"t = {temperatures}", POLICIES.get(about.get("policy")))
+    words = (averaged_words(about),
+             ENSEMBLES.get(about.get("ensemble")), temperatures and f"t = {temperatures}", POLICIES.get(about.get("policy")))
     return [word for word in words if word]
 
 

@@ -15,6 +15,7 @@ from utils.evaluation.predict import predict
 from utils.methods import Method
 from utils.runs import checkpoint
 from utils.runs.folder import Run, finished
+from utils.training.average import WeightAverage
 from utils.training.engine import EpochFigures, all_finite, train_epoch
 from utils.training.optim import Schedule
 
@@ -33,13 +34,18 @@ class Trainer:
         save_every_minutes: save in the middle of an epoch when this long has passed since the last save.
         paper_protocol: read the test set after every epoch and keep the weights it likes best as well, as the released code does.
         teacher_hash: of the weights of another network that the method learns from.
+        average: of the weights, which then is what is judged, and what checkpoints hold for all but `resume`.
     """
 
     def __init__(self, method: Method, data, run: Run, *, schedule: Schedule, description: dict[str, Any], epochs: int,
                  start_epoch: int = 0, print_freq: int = 10, save_every_minutes: float | None = None,
-                 paper_protocol: bool = False, teacher_hash: str | None = None) -> None:
+                 paper_protocol: bool = False, teacher_hash: str | None = None,
+                 average: WeightAverage | None = None) -> None:
         self.method, self.data, self.run, self.description = method, data, run, description
         self.model, self.optimizer, self.schedule = method.model, method.optimizer, schedule
+        self.average, self.judged = average, average.model if average else method.model
+        if average:
+            self.optimizer.register_step_post_hook(lambda *_: average.update())
         self.schedules = [(self.optimizer, schedule),
                           *((other, schedule.cosine(other.defaults["lr"])) for other in method.other_optimizers)]
         self.epochs, self.epoch, self.print_freq = epochs, start_epoch, print_freq
@@ -63,6 +69,9 @@ class Trainer:
             self.run.log.info("--paper_protocol: the test set is read after every epoch and chooses %s, and the hold-out, if "
                               "any, is augmented, as in the released code; for comparison with the paper only",
                               checkpoint.TEST_BEST)
+        if self.average and distributed.is_main():
+            self.run.log.info("--ema %g: figures of hold-out and test, and what checkpoints hold for evaluation, are of the "
+                              "averaged weights", self.average.decay)
         try:
             while self.epoch < self.epochs:
                 if self._stop(signals):   # the end of the last epoch is saved already
@@ -98,8 +107,8 @@ class Trainer:
         # The first process decides for all, which may not see the same files.
         if distributed.any_rank(distributed.is_main() and finished(self.run.folder, self.epoch)):
             return
-        about = header({**self.content(), "epoch_kind": "last epoch"}, self.run.folder, self.model, self.data)
-        self.run.results["test"] = evaluate_anytime(self.model, self.data, self.run.folder, about=about)
+        about = header({**self.content(), "epoch_kind": "last epoch"}, self.run.folder, self.judged, self.data)
+        self.run.results["test"] = evaluate_anytime(self.judged, self.data, self.run.folder, about=about)
         self.run.save_results()
 
     def resume(self, saved: dict[str, Any]) -> None:
@@ -113,8 +122,12 @@ class Trainer:
             then = state.get(name, now)   # older versions did not write all of them down
             if then != now:
                 raise UserError(f"{source} cannot be resumed with other data, processes or teacher: {name} was {then}, now {now}")
-        checkpoint.load_weights(self.model.backbone, saved["state_dict"], source)
+        checkpoint.load_weights(self.judged.backbone, saved["state_dict"], source)
+        if self.average:
+            checkpoint.load_weights(self.model.backbone, state.get("weights", {}), source)
         try:
+            if self.average:
+                self.average.n_averaged = state["n_averaged"]
             self.optimizer.load_state_dict(state["optimizer"])
             self.method.load_state_dict(state["objective"])
             self.figures.load_state_dict(state["figures"])
@@ -230,12 +243,15 @@ class Trainer:
         smoothing = self.method.label_smoothing
         entry = {"epoch": self.epoch + 1, "lr": self.schedule(self.epoch), **figures.summary(),
                  **({"label_smoothing": smoothing} if smoothing else {}),   # of train_loss
+                 **({"ema": self.average.decay} if self.average else {}),   # of valid_top1 and test_top1
                  "skipped_steps": figures.skipped, "seconds": round(figures.seconds, 3),
                  "images_per_s": round(self.data.n_train / figures.seconds, 1)}
         distributed.share_buffers(self.model)
-        entry["valid_top1"] = predict(self.model, self.data.valid(self.epoch)).top1 if self.data.n_valid else None
+        if self.average:
+            distributed.share_buffers(self.judged)
+        entry["valid_top1"] = predict(self.judged, self.data.valid(self.epoch)).top1 if self.data.n_valid else None
         if self.paper_protocol:
-            entry["test_top1"] = predict(self.model, self.data.test()).top1
+            entry["test_top1"] = predict(self.judged, self.data.test()).top1
         self.epoch += 1
         self.figures = EpochFigures(self.model.n_exits, self.device)
         self.history.append(entry)
@@ -286,30 +302,35 @@ class Trainer:
             kind = self._place()
         elif self.data.n_valid and self.best["epoch"] == self.epoch:
             kind = f"best on {self.best['chosen_on']}"
-        return {"state_dict": self.model.backbone.state_dict(), **self.description, "epoch": self.epoch, "epoch_kind": kind}
+        averaged = {"ema": self.average.decay} if self.average else {}
+        return {"state_dict": self.judged.backbone.state_dict(), **averaged, **self.description, "epoch": self.epoch,
+                "epoch_kind": kind}
 
     def _training_state(self, figures: dict[str, Any]) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "objective": self.method.state_dict(), "figures": figures,
+        weights = {"weights": self.model.backbone.state_dict(), "n_averaged": self.average.n_averaged} if self.average else {}
+        return {**weights, "optimizer": self.optimizer.state_dict(), "objective": self.method.state_dict(), "figures": figures,
                 "best": self.best, "history": self.history, "rng": rng_state(), "config": self.run.results["config"],
                 "job": distributed.job(), **self._origin()}
 
     def _log(self, entry: dict[str, Any]) -> None:
+        averaged = " of averaged weights" if self.average else ""
         eta = (self.epochs - self.epoch) * entry["seconds"]
         line = (f"epoch {entry['epoch']}/{self.epochs}  lr {entry['lr']:.4g}  {entry['images_per_s']:.0f} images/s  "
                 f"ETA {tqdm.format_interval(eta)}  train top-1 {_join(entry['train_top1'])}")
         if entry["valid_top1"]:
-            line += f"  {'augmented ' if self.paper_protocol else ''}hold-out top-1 {_join(entry['valid_top1'])}"
+            line += f"  {'augmented ' if self.paper_protocol else ''}hold-out top-1{averaged} {_join(entry['valid_top1'])}"
         if self.paper_protocol:
-            line += (f"  test top-1 {_join(entry['test_top1'])} (test data choose {checkpoint.TEST_BEST}: "
+            line += (f"  test top-1{averaged} {_join(entry['test_top1'])} (test data choose {checkpoint.TEST_BEST}: "
                      f"epoch {best_on_test(self.history)['epoch']} so far)")
         if distributed.is_main():
             self.run.log.info(line)
 
     def _write_scalars(self, entry: dict[str, Any]) -> None:
         scalars = {"lr": entry["lr"], "images_per_s": entry["images_per_s"]}
-        for name in ("train_loss", "train_top1", "valid_share", "valid_top1", "test_top1"):
-            title = "train_loss_smoothed" if name == "train_loss" and "label_smoothing" in entry else name
-            scalars |= {f"{title}/exit{n + 1}": value for n, value in enumerate(entry.get(name) or [])}
+        smoothed, averaged = "_smoothed" if "label_smoothing" in entry else "", "_averaged" if self.average else ""
+        for name, what in (("train_loss", smoothed), ("train_top1", ""), ("valid_share", ""), ("valid_top1", averaged),
+                           ("test_top1", averaged)):
+            scalars |= {f"{name}{what}/exit{n + 1}": value for n, value in enumerate(entry.get(name) or [])}
         self.run.scalars(scalars, entry["epoch"])
 
 
