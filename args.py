@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from utils.options.catalog import ANYTIME_NETWORKS, DATASETS, METHODS, title_of
+from utils.options.catalog import ANYTIME_NETWORKS, DATASETS, METHODS, family_of, title_of
 from utils.options.effects import EVALUATION, TRAINING, without_effect
 from utils.options.flags import BEFORE_THE_FLAG, FREE_ON_RESUME, Milliseconds, build_parser, implied
 from utils.options.network import MAX_LAYERS, NETWORK, NetworkSpec, is_msdnet, n_layers, stem_of
@@ -102,9 +102,9 @@ def _mistake(args: Namespace) -> str | None:
         return f"argument --lr_milestones: must increase, got {shown(args.lr_milestones)}"
     if len(args.weight_decay) > 2:
         return f"argument --weight-decay: takes one value or two, got {len(args.weight_decay)}"
-    if len(args.weight_decay) == 2 and (not is_msdnet(args) or method.second_stage):
-        return (f"argument --weight-decay: two values are interpolated over MSDNet's blocks; --arch {args.arch} --method "
-                f"{args.method} takes one")
+    if len(args.weight_decay) == 2 and (family_of(args.arch) == "ranet" or method.second_stage):
+        return (f"argument --weight-decay: two values are interpolated over a chain of blocks, such as MSDNet's; --arch "
+                f"{args.arch} --method {args.method} takes one")
     # Evaluation.
     if args.budget and args.sweep:
         return "argument --budget: chooses the budgets, --sweep has its own exit distributions; give one of them"
@@ -172,8 +172,10 @@ def choose_network(args: Namespace, before: dict[str, Any] | None = None) -> str
     if before:
         before = {"stem": args.stem, **before}   # a run from before there was a choice has the one of its image size
         chosen, note = {name: before.get(name, defaults[name]) for name in NETWORK if name not in args.explicit}, None
+    elif (family_of(args.arch), args.stem) not in ANYTIME_NETWORKS:   # its name says all
+        chosen, note = {}, None
     else:
-        chosen = ANYTIME_NETWORKS["msdnet" if is_msdnet(args) else "ranet", args.stem]
+        chosen = ANYTIME_NETWORKS[family_of(args.arch), args.stem]
         flags = " ".join(f"{parser.spelling(name)} {'-'.join(map(str, value)) if isinstance(value, list) else value}"
                          for name, value in chosen.items())
         note = f"no flag of the network is given: taking the paper's for {title_of(args.dataset)}, --arch {args.arch} {flags}"

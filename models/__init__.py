@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from models.collaboration import CollaborativeNet
 from models.ensembles import AveragedNet, read_as
 from models.msdnet import MSDNet
 from models.ranet import RANet
+from models.resnet import ResNet
+from utils.options.catalog import family_of
 
 __all__ = ["AveragedNet", "Backbone", "BoostedNet", "ChainNet", "CollaborativeNet", "MSDNet", "PooledClassifier", "RANet",
-           "build_backbone", "build_shapes", "check_backbone", "expand_temperatures", "map_state", "read_as"]
+           "ResNet", "build_backbone", "build_shapes", "check_backbone", "expand_temperatures", "map_state", "read_as"]
 
 
 # Keyword of a network -> its flag.
@@ -28,6 +31,8 @@ FLAGS = {
     "block_step": "--block-step", "scale_list": "--scale-list", "compress_factor": "--compress-factor",
 }
 MSDNET_ONLY, RANET_ONLY = {"base", "prune"}, {"block_step", "scale_list", "compress_factor"}
+# Family -> keywords that its network takes of those.
+KEYWORDS = {"msdnet": FLAGS.keys() - RANET_ONLY, "ranet": FLAGS.keys() - MSDNET_ONLY, "resnet": {"image_size", "stem"}}
 
 
 def build_backbone(args: Any) -> nn.Module:
@@ -36,8 +41,9 @@ def build_backbone(args: Any) -> nn.Module:
     Raises:
         ValueError: naming the flags, when they do not describe a network.
     """
-    network, others = (MSDNet, RANET_ONLY) if args.arch.startswith("msdnet") else (RANet, MSDNET_ONLY)
-    keywords = {name: getattr(args, flag.lstrip("-").replace("-", "_")) for name, flag in FLAGS.items() if name not in others}
+    family = family_of(args.arch)
+    network = {"msdnet": MSDNet, "ranet": RANet, "resnet": partial(ResNet, args.arch.removesuffix("_ge"))}[family]
+    keywords = {name: getattr(args, FLAGS[name].lstrip("-").replace("-", "_")) for name in KEYWORDS[family]}
     try:
         return network(**keywords, num_classes=args.num_classes, rescale_gradients=args.arch.endswith("_ge"))
     except ValueError as error:   # it names keywords

@@ -38,11 +38,15 @@ class Backbone(nn.Module):
 
     Attributes:
         exit_names: names of the submodules that make up the exits.
+        added_names: of those among them that the published network of this kind has not, whose weights may be a start.
+        stem_names: names of the submodules that depend on the size of the images.
         image_size: height and width of its images in pixels, where it says so.
         frozen: see `freeze`.
     """
 
     exit_names: tuple[str, ...] = ("classifier",)
+    added_names: tuple[str, ...] = ()
+    stem_names: tuple[str, ...] = ()
     image_size: int | None = None
     frozen = False
 

@@ -115,6 +115,9 @@ MISTAKES = [
     ("--ema 1", "--ema"),
     ("--label_smoothing=-0.1", "--label_smoothing"),
     ("--arch ranet --prune min", "--prune"),
+    ("--arch resnet18 --nBlocks 2", "--nBlocks"),
+    ("--arch resnet34_ge --bnFactor 1-2-4", "--bnFactor"),
+    ("--arch resnet18 --stem tiny", "--stem"),
     ("--arch ranet --base 4", "--base"),
     ("--arch msdnet --block-step 2", "--block-step"),
     ("--scale-list 1-2-3", "--scale-list"),
@@ -409,8 +412,7 @@ def test_the_table_of_effects_is_of_all_flags():
         "meta_net_input_type constraint_dimension epsilon target_p_index meta_interval meta_lr meta_weight_decay".split())
     free = {name for name, effect in EFFECTS.items() if effect == {TRAINING: {}, EVALUATION: {}}}
     assert free == set("workers val_workers gpu distributed dist_backend local_rank bnAfter ensemble_reweight seed device "
-                       "threads dataset data_root image_size batch_size method arch nBlocks step stepmode nChannels growthRate "
-                       "grFactor reduction bottleneck stem".split())
+                       "threads dataset data_root image_size batch_size method arch stem".split())
 
 
 @pytest.mark.parametrize("task", [TRAINING, EVALUATION])

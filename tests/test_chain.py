@@ -1,20 +1,29 @@
 """Boosted exits on any chain of modules, and on torchvision's ResNets."""
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import command, make_images, one_line_error
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import eval_cifar100
+import train_cifar100
 from adaptive_inference import EarlyExit, exit_index
-from models import Backbone, BoostedNet, ChainNet, CollaborativeNet, PooledClassifier, check_backbone
+from args import choose_network, parse_args
+from models import Backbone, BoostedNet, ChainNet, CollaborativeNet, PooledClassifier, ResNet, check_backbone
 from models.folding import fold_batch_norm
 from op_counter import measure_model
+from utils.core.errors import UserError
 from utils.evaluation.fast_form import prepare_for_inference
 from utils.evaluation.programs import export_steps
+from utils.runs import checkpoint
 from utils.training.optim import build_optimizer
 
 CLASSES = 5
@@ -366,3 +375,112 @@ def test_a_frozen_network_trains_its_exits_only_and_keeps_its_statistics():
     optimizer.step()
     changed = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if name.startswith("classifier.")}
+
+
+# ResNet.
+
+def of_torchvision(arch: str, num_classes: int = 1000) -> nn.Module:
+    import torchvision
+
+    torch.manual_seed(0)
+    return getattr(torchvision.models, arch)(num_classes=num_classes).eval()
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34"])
+def test_a_file_of_torchvision_loads_and_its_logits_are_those_of_the_last_exit(arch):
+    original, net = of_torchvision(arch), ResNet(arch, rescale_gradients=True).eval()
+    first = net.classifier[0].linear.weight.clone()
+    added = checkpoint.load_weights(net, original.state_dict(), "file", is_start=True)
+    assert added == [f"classifier.{n}.linear.{part}" for n in range(3) for part in ("weight", "bias")]
+    assert {*net.state_dict()} == {*original.state_dict(), *added} and torch.equal(net.classifier[0].linear.weight, first)
+    x = images(1, 224)
+    with torch.no_grad():
+        logits, wanted = net(x), original(x)
+        assert (logits[-1] - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+        for n, stage in enumerate((original.layer1, original.layer2, original.layer3)):
+            x = stage(x if n else original.maxpool(original.relu(original.bn1(original.conv1(x)))))
+            torch.testing.assert_close(logits[n], net.classifier[n].linear(x.mean((2, 3))), rtol=1e-5, atol=1e-6)
+
+
+def test_in_evaluation_a_file_without_the_exits_is_refused_and_a_start_with_another_first_layer_names_the_flag():
+    weights = of_torchvision("resnet18", 7).state_dict()
+    small, large, same = (ResNet(num_classes=n, image_size=side) for n, side in ((7, 32), (9, 224), (7, 224)))
+    for net, is_start, message in ((same, False, "it has no classifier.0.linear.weight"),
+                                   (small, False, r"expected \[64, 3, 3, 3\]$"),
+                                   (small, True, r"expected \[64, 3, 3, 3\]; --new_classifier starts it anew"),
+                                   (large, True, r"fc.weight has shape \[7, 512\], expected \[9, 512\]; --new_classifier")):
+        with pytest.raises(UserError, match=message):
+            checkpoint.load_weights(net, weights, "file", is_start=is_start)
+    assert not {name.split(".")[0] for name in checkpoint.load_weights(small, weights, "file", new_classifier=True)} \
+        - {"classifier", "conv1", "bn1"}
+    assert torch.equal(small.fc.weight, weights["fc.weight"])   # the classes agree
+    assert {name.split(".")[0] for name in checkpoint.load_weights(large, weights, "file", new_classifier=True)} \
+        == {"classifier", "fc"}
+
+
+def test_small_images_have_the_small_first_layer():
+    net = ResNet(num_classes=CLASSES, image_size=32).eval()
+    assert net.conv1.kernel_size == (3, 3) and net.conv1.stride == (1, 1) and isinstance(net.maxpool, nn.Identity)
+    with torch.no_grad():
+        assert net.advance(0, images(1, 32))[0].shape == (1, 64, 32, 32)
+    for image_size, stem in ((32, "large"), (97, None)):
+        net = ResNet(num_classes=CLASSES, image_size=image_size, stem=stem)
+        assert net.conv1.kernel_size == (7, 7) and isinstance(net.maxpool, nn.MaxPool2d)
+    check_backbone(ResNet(num_classes=CLASSES, image_size=32), num_classes=CLASSES, image_size=32)
+    with pytest.raises(ValueError, match="arch is 'resnet50'; choose one of resnet18, resnet34"):
+        ResNet("resnet50")
+
+
+def test_resnets_costs_are_half_of_torchs_count_and_what_that_leaves_out():
+    net = ResNet(num_classes=CLASSES, image_size=224).eval()
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        net.to("meta")(torch.empty(1, 3, 224, 224))
+    relus = 64 * 112**2 + 4 * 64 * 56**2 + 4 * 128 * 28**2 + 4 * 256 * 14**2 + 4 * 512 * 7**2
+    pools = 9 * 64 * 56**2 + 64 * 56**2 + 128 * 28**2 + 256 * 14**2 + 512 * 7**2
+    assert measure_model(net, 224, 224)[0][-1] == counter.get_total_flops() // 2 + relus + pools + 4 * CLASSES
+    assert measure_model(net, 224, 224)[1][-1] == sum(parameter.numel() for parameter in net.parameters())
+
+
+def test_all_of_resnets_norms_are_folded():
+    net = with_statistics(ResNet(num_classes=CLASSES, image_size=32), side=32)
+    model = BoostedNet(net, [0.5] * 4).eval()
+    ready = prepare_for_inference(model)
+    assert norms(net) == 20 and norms(ready) == 0
+    with torch.no_grad():
+        for got, want in zip(ready(images(3, 32)), model(images(3, 32)), strict=True):
+            assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_the_name_of_a_resnet_says_all_about_it(capsys):
+    line = "--dataset cifar100 --result_dir run --arch resnet34".split()
+    assert choose_network(parse_args(line)) is None
+    assert "makes 4 here" in one_line_error(capsys, lambda: choose_network(parse_args([*line, "--ensemble_reweight", "1,2,3"])))
+
+
+def resnet_command(data: Path, folder: Path, *more: str) -> list[str]:
+    """A run of one epoch; nothing is said of the network but its name."""
+    flags = command(data, folder, "--epochs", "1", *more)
+    start, end = flags.index("--arch"), flags.index("--batch-size")
+    return [*flags[:start], *flags[end:], "--arch", "resnet18_ge"]
+
+
+@pytest.mark.parametrize("image_size", [32, pytest.param(224, marks=pytest.mark.slow)])
+def test_a_resnet_begins_with_torchvisions_file_is_trained_resumed_and_evaluated(tmp_path, capsys, image_size):
+    data = make_images(tmp_path / "data", classes=2, train=5, test=3, side=image_size)
+    torch.save(of_torchvision("resnet18").state_dict(), tmp_path / "resnet18.pth")
+    size = ["--valid_size", "4", "--image_size", str(image_size), "--workers", "0"]
+    line = resnet_command(data, tmp_path / "run", *size, "--checkpoint", str(tmp_path / "resnet18.pth"))
+    mistake = one_line_error(capsys, lambda: train_cifar100.main(line))
+    assert "--new_classifier starts it anew" in mistake and ("conv1.weight" if image_size == 32 else "fc.weight") in mistake
+    assert train_cifar100.main([*line, "--new_classifier"]) == 0
+    printed = capsys.readouterr().out
+    anew = "14 tensors of the classifiers and of the first layer" if image_size == 32 else "8 tensors of the classifiers"
+    assert f"--new_classifier: {anew} start anew" in printed and "taking the paper's" not in printed
+    assert train_cifar100.main([*resnet_command(data, tmp_path / "run", *size), "--epochs", "2", "--lr_milestones", "1",
+                                "--resume"]) == 0
+    best = tmp_path / "run" / "model_best.pth"
+    assert eval_cifar100.main(["--data-root", str(data), "--evaluate-from", str(best), "--evalmode", "realtime", "--device",
+                               "cpu", "--threads", "1"]) == 0
+    result = json.loads((tmp_path / "run" / "realtime.json").read_text())
+    assert result["arch"] == "resnet18_ge" and len(result["macs"]) == 4
+    assert [point["n_differ"] - point["n_differ_by_rounding"] for point in result["points"]] == [0] * 5

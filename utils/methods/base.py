@@ -61,12 +61,13 @@ class Method:
 
     @staticmethod
     def load_start(model: BoostedNet, saved: dict[str, Any], source: str, *, new_classifier: bool = False) -> list[str]:
-        """Begin with the weights of a checkpoint (from `checkpoint.load`); return the tensors that `new_classifier` leaves new.
+        """Begin with the weights of a checkpoint (from `checkpoint.load`); return the names of the tensors that are left new.
 
         Raises:
             UserError: when they do not fit.
         """
-        return checkpoint.load_weights(model.backbone, saved["state_dict"], source, new_classifier=new_classifier)
+        return checkpoint.load_weights(model.backbone, saved["state_dict"], source, new_classifier=new_classifier,
+                                       is_start=True)
 
     def step(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome | None:
         """Train on one batch, images (B, 3, H, W) and labels (B,); None when it was left out.

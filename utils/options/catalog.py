@@ -4,6 +4,7 @@ The one list of each kind of name. It loads nothing; where a name stands for cod
 """
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 
@@ -105,7 +106,8 @@ METHODS = {
                                     {"distill_weight": 0.35, "distill_T": 2.5}),
 }
 ARCHITECTURES = {"msdnet": "MSDNet without rescaling", "msdnet_ge": "MSDNet", "ranet": "RANet",
-                 "ranet_ge": "RANet with rescaling"}
+                 "ranet_ge": "RANet with rescaling", "resnet18": "ResNet-18", "resnet18_ge": "ResNet-18 with rescaling",
+                 "resnet34": "ResNet-34", "resnet34_ge": "ResNet-34 with rescaling"}
 TEMPERATURE = 0.5   # of every exit, in the paper
 METHOD_ALIASES = {"conventional": "joint"}
 
@@ -126,6 +128,11 @@ RUNTIMES = ("torch", "onnx")   # of early exit
 DECODERS = ("pillow", "torchcodec")
 ENSEMBLES = {"none": "each exit alone", "boost": "exits added up", "average": "exits averaged", "poe": "product of exits"}
 POLICIES = {"confidence": None, "entropy": "leaving by entropy", "margin": "leaving by margin", "patience": "leaving by patience"}
+
+
+def family_of(arch: str) -> str:
+    """What networks of the same kind have in common in their names: msdnet, ranet or resnet."""
+    return re.match("[a-z]*", arch)[0]
 
 
 def arch_title(arch: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from utils.options.catalog import ARCHITECTURES, CROPPED, METHODS
+from utils.options.catalog import ARCHITECTURES, CROPPED, METHODS, family_of
 from utils.options.network import NETWORK
 from utils.options.parser import OneLineParser
 
@@ -34,8 +34,8 @@ def _methods(flag: str) -> tuple[str, ...]:
     return tuple(name for name, facts in METHODS.items() if flag in facts.flags)
 
 
-_MSDNETS = tuple(name for name in ARCHITECTURES if name.startswith("msdnet"))
-_RANETS = tuple(name for name in ARCHITECTURES if name.startswith("ranet"))
+_MSDNETS = tuple(name for name in ARCHITECTURES if family_of(name) == "msdnet")
+_RANETS = tuple(name for name in ARCHITECTURES if family_of(name) == "ranet")
 _ONE_CALL = tuple(name for name, facts in METHODS.items() if facts.one_call)
 _FIRST_STAGE = tuple(name for name, facts in METHODS.items() if not facts.second_stage)
 _LEAVING = ("dynamic", "realtime")   # modes of evaluation in which inputs leave early
@@ -65,9 +65,11 @@ EFFECTS: dict[str, Effect] = {
     "decoder": _both(dataset=CROPPED, stem=("large",)),
     "skip_unreadable": _both(dataset=CROPPED, stem=("large",)),
     # Network.
+    **dict.fromkeys(("nBlocks", "step", "stepmode", "nChannels", "growthRate", "grFactor", "reduction", "bottleneck"),
+                    _both(arch=_MSDNETS + _RANETS)),
     **dict.fromkeys(("base", "prune"), _both(arch=_MSDNETS)),
     **dict.fromkeys(("block_step", "scale_list", "compress_factor"), _both(arch=_RANETS)),
-    "bnFactor": _both(bottleneck=True),
+    "bnFactor": _both(arch=_MSDNETS + _RANETS, bottleneck=True),
     # Method.
     **{flag: _training(method=_methods(flag)) for facts in METHODS.values() for flag in sorted(facts.flags)},
     "trainable_ensemble": _both(method=_methods("trainable_ensemble")),

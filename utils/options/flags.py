@@ -116,7 +116,8 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint_key", metavar="NAME",
         help="which weights of --checkpoint or --evaluate-from, where the file of another program has several, such as model_ema")
     add("--new_classifier", action="store_true",
-        help="start the classifiers' tensors anew that the file of --checkpoint lacks or has in another shape, for other classes")
+        help="start the classifiers' tensors anew that the file of --checkpoint lacks or has in another shape, for other "
+             "classes; and ResNet's first layer where it is another one")
     add("--seed", type=within(whole, 0, 2**32 - 1), default=0, metavar="N",
         help="seed of weights, data order, augmentation and hold-out split (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto",
@@ -160,7 +161,8 @@ def _data_flags(parser: argparse.ArgumentParser, datasets: Sequence[str]) -> Non
 def _network_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("network", "lists have one entry per scale (MSDNet) or sub-network (RANet)").add_argument
     add("--arch", choices=tuple(ARCHITECTURES), default="msdnet_ge",
-        help="_ge: with gradient rescaling (default: %(default)s)")
+        help="resnet18, resnet34: torchvision's, with an exit after each stage; _ge: with gradient rescaling (default: "
+             "%(default)s)")
     add("--stem", choices=tuple(STEMS),
         help="first layer: small is a 3x3 convolution, large a 7x7 one with stride 2 and max pooling; images of --dataset folder "
              f"have to be of --image_size for small, and are scaled and cropped for large (default: large from {LARGE_FROM} "
@@ -282,7 +284,7 @@ def _training_flags(parser: argparse.ArgumentParser) -> None:
              "hold-out and test, and what is evaluated, published and exported, are then of the average")
     add("--nesterov", action="store_true", help="sgd: Nesterov's momentum")
     add("--weight-decay", "--wd", type=list_of(not_negative, ",", "1e-4,5e-4"), default="1e-4", metavar="X[,X]",
-        help="two values: from the first to the last of MSDNet's blocks (default: %(default)s)")
+        help="two values: from the first to the last block of MSDNet or ResNet (default: %(default)s)")
 
 
 def _speed_flags(parser: argparse.ArgumentParser) -> None:

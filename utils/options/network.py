@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.core.errors import UserError
-from utils.options.catalog import ARCHITECTURES, LEAST_SIDE, METHODS, STEMS, stem_for
+from utils.options.catalog import ARCHITECTURES, LEAST_SIDE, METHODS, STEMS, family_of, stem_for
 
 # A mistyped number of blocks should be an error, not a machine that swaps. The largest published network has 160.
 MAX_LAYERS = 1000
@@ -119,11 +119,13 @@ def stem_of(stored: Mapping[str, Any]) -> str:
 
 
 def is_msdnet(network: NetworkSpec | Namespace) -> bool:
-    return network.arch.startswith("msdnet")
+    return family_of(network.arch) == "msdnet"
 
 
 def n_layers(network: NetworkSpec | Namespace) -> int:
-    """Layers of an MSDNet, or of all sub-networks of a RANet, computed without building it."""
+    """Layers of an MSDNet, or of all sub-networks of a RANet, computed without building it; 0 where no flag sets the depth."""
+    if family_of(network.arch) not in ("msdnet", "ranet"):
+        return 0
     if is_msdnet(network):
         later = network.nBlocks - 1
         growing = network.step * network.nBlocks * later // 2 + later

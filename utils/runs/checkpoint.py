@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from models import Backbone
 from utils import __version__
 from utils.core import distributed
 from utils.core.errors import UserError
@@ -153,25 +154,27 @@ def hash_weights(weights: dict[str, Tensor]) -> str:
 
 
 def load_weights(backbone: nn.Module, weights: dict[str, Tensor], source: str | Path, *,
-                 new_classifier: bool = False) -> list[str]:
+                 new_classifier: bool = False, is_start: bool = False) -> list[str]:
     """Copy weights into a backbone.
 
     Args:
-        new_classifier: leave those tensors of the classifiers as they are that `weights` lack or have in another shape.
+        new_classifier: leave those tensors of the classifiers as they are that `weights` lack or have in another shape, and the
+            first layer where its kernel is another one and the backbone says which it is (`stem_names`).
+        is_start: training begins with them: where they are the published network's, without a tensor of the exits that were added
+            to it (`added_names`), these stay as they are.
     Returns:
         The names of the tensors that were left as they are.
     Raises:
         UserError: naming the first tensor that differs, when the weights are another network's.
     """
-    own, left = backbone.state_dict(), []
+    own, left = backbone.state_dict(), _left_alone(backbone, weights, new_classifier, is_start)
     extra = [name for name in weights if name not in own]
     counted = any(name.endswith(COUNTER) for name in weights)   # torch 0.4 and before did not count
     for name, tensor in own.items():
         if name not in weights and name.endswith(COUNTER) and not counted:
             continue
         fits = name in weights and weights[name].shape == tensor.shape
-        if new_classifier and name.startswith("classifier.") and not fits:
-            left.append(name)
+        if name in left:
             continue
         if name not in weights:
             others = f", and {len(extra)} others such as {extra[0]}" if extra else ""
@@ -181,11 +184,29 @@ def load_weights(backbone: nn.Module, weights: dict[str, Tensor], source: str | 
             raise UserError(f"{source} does not fit this architecture: {name} is of type {weights[name].dtype}, "
                             f"expected {tensor.dtype}")
         if not fits:
+            anew = is_start and name in _left_alone(backbone, weights, True, True)
             raise UserError(f"{source} does not fit this architecture: {name} has shape {list(weights[name].shape)}, "
-                            f"expected {list(tensor.shape)}")
+                            f"expected {list(tensor.shape)}{'; --new_classifier starts it anew' if anew else ''}")
         if not weights[name].isfinite().all():
             raise UserError(f"{source} has NaN or infinite weights in {name}")
     if extra:
         raise UserError(f"{source} does not fit this architecture: it has {extra[0]}, which this network has not")
     backbone.load_state_dict({name: tensor for name, tensor in weights.items() if name not in left}, strict=False)
     return left
+
+
+def _left_alone(backbone: nn.Module, weights: dict[str, Tensor], new_classifier: bool, is_start: bool) -> list[str]:
+    """Names of the tensors of a backbone that `weights` are not copied into, see `load_weights`."""
+    own = backbone.state_dict()
+    exits, added, stem = (tuple(f"{name}." for name in getattr(backbone, names, getattr(Backbone, names)))
+                          for names in ("exit_names", "added_names", "stem_names"))
+    if not new_classifier:
+        is_plain = is_start and not any(name.startswith(added) for name in weights)
+        return [name for name in own if is_plain and name.startswith(added)]
+    counted = any(name.endswith(COUNTER) for name in weights)
+    other = {name for name, tensor in own.items() if name in weights and weights[name].shape != tensor.shape}
+    lacking = {name for name in own if name not in weights and (counted or not name.endswith(COUNTER))}
+    left = {name for name in own if name.startswith(exits) and name in other | lacking}
+    if any(name.startswith(stem) for name in other):   # all of the first layer: its statistics are those of the other kernel
+        left |= {name for name in own if name.startswith(stem)}
+    return [name for name in own if name in left]

@@ -33,8 +33,11 @@ def load_start(args: argparse.Namespace, model: BoostedNet, data) -> None:
     if args.checkpoint:
         start = checkpoint.load(args.checkpoint, args.checkpoint_key)
         new = method_class(args.method).load_start(model, start, args.checkpoint, new_classifier=args.new_classifier)
-        if args.new_classifier:
-            note(f"--new_classifier: {len(new)} tensors of the classifiers start anew, all others are those of {args.checkpoint}")
+        if args.new_classifier or new:
+            flag = "--new_classifier: " if args.new_classifier else ""
+            stems = tuple(getattr(model.backbone, "stem_names", ()))
+            stem = " and of the first layer" if any(name.startswith(stems) for name in new) else ""
+            note(f"{flag}{len(new)} tensors of the classifiers{stem} start anew, all others are those of {args.checkpoint}")
         if second_stage or is_of_same_data(start, data):
             require_same_hold_out(start, data, args.checkpoint)
     elif second_stage:
