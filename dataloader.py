@@ -4,8 +4,8 @@
     for images, labels, share in data.train(epoch=0):
         ...
 
-Small images (32x32) live on the device as one tensor; larger ones are decoded by worker processes. Order and augmentation
-follow from (seed, epoch, image) in both cases, and nothing waits for the device.
+Images of one size (such as 32x32) live on the device as one tensor; those that are cropped are decoded by worker processes.
+Order and augmentation follow from (seed, epoch, image) in both cases, and nothing waits for the device.
 """
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from utils.data.glyphs import read_glyphs
 from utils.data.large_images import FolderImages
 from utils.data.small_images import read_class_folders
 from utils.data.split import Split
-from utils.options.catalog import DATASETS
+from utils.options.catalog import DATASETS, is_cropped
 
 __all__ = ["Batch", "Batches", "Data", "Split", "build_data"]
 
 logger = logging.getLogger("boostnet")
 
 
-def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, batch_size: int = 64,
+def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, stem: str | None = None, batch_size: int = 64,
                eval_batch_size: int = 256, device: str | torch.device = "cpu", seed: int = 0, use_valid: bool = False,
                valid_size: int | None = None, images_per_class: int | None = None, split: Split | None = None,
                order: Tensor | None = None, augment_valid: bool = False, workers: int = 4, val_workers: int = 1,
@@ -47,7 +47,8 @@ def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, bat
     Args:
         dataset: one of `DATASETS`.
         data_root: its folder; see README "Data" for the layouts.
-        image_size: 32, or 224 for `imagenet` and where a `folder` is to be cropped and scaled.
+        image_size: side of the images in pixels.
+        stem: first layer of the network, see `utils.options.catalog.is_cropped`; None for the one of that side.
         batch_size: training images per process and step.
         use_valid: hold training images out; `valid_size` of them, drawn by `seed` unless `split` says which.
         images_per_class: train on so many images of each class, drawn by `seed` from those that are not held out; None for all.
@@ -69,8 +70,8 @@ def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, bat
         raise UserError(f"unknown data set {dataset!r}; choose one of {', '.join(DATASETS)}")
     if decoder not in DECODERS:
         raise UserError(f"unknown decoder {decoder!r}; choose one of {', '.join(DECODERS)}")
-    statistics = statistics_of(dataset, image_size)
-    if dataset == "imagenet" or image_size != 32:
+    cropped, statistics = is_cropped(dataset, image_size, stem), statistics_of(dataset, image_size, stem)
+    if cropped:
         train, test = _list_folders(data_root, ("val", "test") if dataset == "imagenet" else TEST_NAMES, needs_train, rank == 0)
         class_names = test.class_names
         train_set, valid_set, test_set = (
@@ -78,7 +79,8 @@ def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, bat
                                      decoder=decoder, skip_unreadable=skip_unreadable)
             for listing, n in ((train, workers), (train, val_workers), (test, val_workers)))
     else:
-        arrays = first_rank_first(lambda: _read_small_images(dataset, data_root, needs_train, rank == 0, quiet or rank > 0))
+        arrays = first_rank_first(lambda: _read_small_images(dataset, data_root, image_size, needs_train, rank == 0,
+                                                               quiet or rank > 0))
         class_names = arrays["class_names"].tolist()
         train_set, test_set = (
             DeviceImages(arrays[f"{part}_images"], arrays[f"{part}_labels"], statistics=statistics,
@@ -100,8 +102,8 @@ def build_data(*, dataset: str, data_root: str | Path, image_size: int = 32, bat
         size = (valid_size or DATASETS[dataset].valid_size or len(train_set.labels) // 10) if use_valid else 0
         split = Split.draw(train_set.labels, size, seed, images_per_class)
     return Data(train_set, valid_set, test_set, class_names=class_names, num_classes=num_classes, image_size=image_size,
-                split=split, batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, rank=rank, world=world,
-                augment_valid=augment_valid)
+                cropped=cropped, split=split, batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, rank=rank,
+                world=world, augment_valid=augment_valid)
 
 
 def _split_of_order(order: Tensor, labels: Tensor, dataset: str, data_root: Path, valid_size: int | None) -> Split:
@@ -127,7 +129,8 @@ def _list_folders(data_root: Path, test_names: Sequence[str], needs_train: bool,
     return train, test
 
 
-def _read_small_images(dataset: str, data_root: Path, needs_train: bool, is_first: bool, quiet: bool) -> dict[str, Any]:
+def _read_small_images(dataset: str, data_root: Path, image_size: int, needs_train: bool, is_first: bool,
+                       quiet: bool) -> dict[str, Any]:
     if dataset == "glyphs":
         return read_glyphs(data_root, quiet)
     if dataset in cifar.ARCHIVES:
@@ -140,7 +143,8 @@ def _read_small_images(dataset: str, data_root: Path, needs_train: bool, is_firs
                 cifar.download(data_root, dataset)
         if archive.is_dir():
             return cifar.read_archive(data_root, dataset, needs_train)
-    return read_class_folders(data_root, *_list_folders(data_root, TEST_NAMES, needs_train, is_first), 32, quiet)
+    return read_class_folders(data_root, *_list_folders(data_root, TEST_NAMES, needs_train, is_first), image_size,
+                              quiet)
 
 
 def _is_cifar_root(folder: Path, dataset: str) -> bool:

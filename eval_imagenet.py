@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         held_out = hold_out(args, saved, split)
 
         def open_data() -> Data:
-            return build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size,
+            return build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size, stem=args.stem,
                               eval_batch_size=args.batch_size, device=device, seed=args.seed, **held_out,
                               augment_valid=args.paper_protocol, val_workers=args.val_workers, decoder=args.decoder,
                               skip_unreadable=args.skip_unreadable,

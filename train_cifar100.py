@@ -27,7 +27,7 @@ from utils.runs.restore import build_model, describe, stored_split
 from utils.training.average import WeightAverage
 from utils.training.fast_forward import training_forward
 from utils.training.optim import Schedule, build_optimizer
-from utils.training.start import introduce, load_start, require_same_flags, require_same_start
+from utils.training.start import introduce, load_start, require_same_flags, require_same_start, require_statistics
 from utils.training.trainer import Trainer
 
 
@@ -50,7 +50,7 @@ def train(args: Namespace, device: torch.device, signals: StopSignals) -> int:
             require_unchanged(args, saved["training"]["config"], epochs_begun=epochs_begun(saved))
         require_same_flags(args)
 
-        data = build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size,
+        data = build_data(dataset=args.dataset, data_root=args.data_root, image_size=args.image_size, stem=args.stem,
                           batch_size=args.batch_size, device=device, seed=args.seed, use_valid=args.use_valid,
                           valid_size=args.valid_size, images_per_class=args.images_per_class, split=stored_split(saved),
                           augment_valid=args.paper_protocol,
@@ -77,6 +77,7 @@ def train(args: Namespace, device: torch.device, signals: StopSignals) -> int:
         schedule = Schedule(args.lr_type, args.lr_f, args.epochs, args.lr_milestones, args.decay_rate, args.lr_step,
                             args.warmup_epochs)
         method = build_method(args, model, optimizer, network=network, teacher=teacher)
+        require_statistics(method, data)
 
         run = start_run(args, data, device, saved)
         introduce(args, data, model, device)

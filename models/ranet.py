@@ -195,14 +195,16 @@ class RANet(Backbone):
         starts = [finest_side(image_size, stem)]   # sides of the maps that the sub-networks begin with, finest first
         for finer, coarser in zip(scale_list[:0:-1], scale_list[-2::-1]):
             starts.append(starts[-1] if finer == coarser else halved(starts[-1]))
-        needed = PAPER_MAPS.get((stem, image_size), starts[-1])
+        needed, reason = starts[-1], "sub-network 1 ends in {0}x{0}, and all classifiers read maps of one size"
+        if (stem, image_size) in PAPER_MAPS:
+            needed, reason = PAPER_MAPS[stem, image_size], f"classifiers for {image_size}-pixel images read {{0}}x{{0}}"
         for s, side in zip(reversed(range(len(scale_list))), starts):
             n_fusion = blocks_of[s - 1] if s else 0
             for _ in _down_sampling_blocks(s, scale_list[s], blocks_of) & set(range(1, n_fusion + 1)):
                 side = halved(side)
             if side != needed:
                 raise ValueError(f"scale_list {'-'.join(map(str, scale_list))} leads sub-network {s + 1} to a {side}x{side} map; "
-                                 f"classifiers for {image_size}-pixel images read {needed}x{needed}")
+                                 f"{reason.format(needed)}")
         check_map(needed, image_size, stem, f"{len(scale_list)} sub-networks",
                   "fewer entries of scale_list, gr_factor and bn_factor")
 

@@ -70,6 +70,7 @@ class Data:
         class_names: what the labels 0, 1, ... stand for.
         num_classes: outputs a classifier needs; more than `class_names` where a folder has only some of the classes.
         image_size: height and width in pixels.
+        cropped: whether images were scaled and cropped to that size.
         split: which training images are held out and trained on; None for none and all.
         augment_valid: whether the hold-out is read with training augmentation.
         n_train, n_valid, n_test: number of images on all ranks together.
@@ -79,9 +80,10 @@ class Data:
 
     def __init__(self, train_set: DeviceImages | FolderImages | None, valid_set: DeviceImages | FolderImages | None,
                  test_set: DeviceImages | FolderImages, *,
-                 class_names: list[str], num_classes: int, image_size: int, split: Split | None, batch_size: int,
+                 class_names: list[str], num_classes: int, image_size: int, cropped: bool, split: Split | None, batch_size: int,
                  eval_batch_size: int, seed: int, rank: int, world: int, augment_valid: bool = False) -> None:
-        self.class_names, self.num_classes, self.image_size, self.split = class_names, num_classes, image_size, split
+        self.class_names, self.num_classes, self.split = class_names, num_classes, split
+        self.image_size, self.cropped = image_size, cropped
         self._train_set, self._valid_set, self._test_set = train_set, valid_set, test_set
         n_labels = len(train_set.labels) if train_set else 0
         self._train_index = split.train_index if split and train_set else torch.arange(n_labels)
@@ -93,6 +95,12 @@ class Data:
         self.labels_hash = hash_labels(train_set.labels) if train_set else None
         named = "\n".join([*class_names, str(self.labels_hash), hash_labels(test_set.labels)])
         self.data_hash = hashlib.sha256(named.encode(errors="surrogateescape")).hexdigest()
+
+    @property
+    def smallest_batch(self) -> int:
+        """Images that the smallest training batch of a process has: the last batch of an epoch may be smaller than the others."""
+        last = self.n_train % (self._batch_size * self._world)
+        return last // self._world or self._batch_size   # of fewer images than processes there is no batch
 
     def __str__(self) -> str:
         held_out = f"{self.n_valid:,}" if self.n_valid else "none"

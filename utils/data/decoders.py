@@ -112,9 +112,15 @@ def scaled_size(width: int, height: int, short: int) -> tuple[int, int]:
     return (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
 
 
-def evaluation_crop(decoder: Any, image: Any, size: int) -> np.ndarray:
-    """(size, size, 3) uint8 from a decoded image: shorter side to 256 for crops of 224, to the size itself where that is 32."""
-    return decoder.centre_crop(image, size * 8 // 7 if size != 32 else size, size)
+def short_side(size: int, cropped: bool = True) -> int:
+    """What an image's shorter side is scaled to before its middle is taken: 256 for crops of 224, without a margin for images of
+    data that are not cropped."""
+    return size * 8 // 7 if cropped else size
+
+
+def evaluation_crop(decoder: Any, image: Any, size: int, cropped: bool = True) -> np.ndarray:
+    """(size, size, 3) uint8 from a decoded image: its middle, scaled as `short_side` says."""
+    return decoder.centre_crop(image, short_side(size, cropped), size)
 
 
 class PillowDecoder:

@@ -111,7 +111,7 @@ class FolderImages:
             require_semaphores(workers)
 
     def read(self, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
-        """Un-augmented batches: shorter side to 256 (for crops of 224), then the middle."""
+        """Un-augmented batches: shorter side scaled as `short_side` says, then the middle."""
         return self._stream(plan, None)
 
     def read_augmented(self, plan: Plan, *, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

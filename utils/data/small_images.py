@@ -11,6 +11,7 @@ from utils.data.cache import load_or_build, places_for
 from utils.data.decoders import decode
 from utils.data.folders import Listing
 from utils.data.workers import in_parallel
+from utils.options.catalog import LARGE_FROM
 
 CHUNK = 500  # images per task of the decoding pool
 FORMAT = 2  # of the cache; since 2 images are turned as their EXIF orientation says
@@ -59,7 +60,8 @@ def _decode_chunk(task: tuple[list[str], int]) -> np.ndarray:
     for image, path in zip(images, paths):
         decoded = decode(path)
         if decoded.size != (size, size):
-            raise UserError(f"{path} is {decoded.width}x{decoded.height} pixels, but --image_size {size} needs every image "
-                            f"to be {size}x{size}; --image_size 224 crops and scales images of any size")
+            raise UserError(f"{path} is {decoded.width}x{decoded.height} pixels, but --image_size {size} needs every image to "
+                            f"be {size}x{size}; --stem large scales and crops images of any size (the default from {LARGE_FROM} "
+                            "pixels on)")
         image[:] = np.asarray(decoded).transpose(2, 0, 1)
     return images

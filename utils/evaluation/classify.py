@@ -28,7 +28,7 @@ from utils.evaluation.confidence import read_exits
 from utils.evaluation.drift import ExitMonitor
 from utils.evaluation.early_exit import Exits
 from utils.evaluation.runtime import Runtime, open_runtime
-from utils.options.catalog import THRESHOLDS
+from utils.options.catalog import THRESHOLDS, is_cropped
 from utils.runs.restore import name_outputs, restore, spec_of
 from utils.runs.result_files import averaged_words
 
@@ -47,7 +47,7 @@ def classify_files(args: argparse.Namespace, saved: dict[str, Any], open_data: C
     if distributed.world_size() > 1:
         raise UserError("--images runs in one process; start the script without torchrun")
     files = image_files(args.images)   # a wrong path is found before anything is computed
-    images = read_images(files, args.dataset, args.image_size)
+    images = read_images(files, args.dataset, args.image_size, args.stem)
     if args.num_classes is None:
         raise UserError(f"{args.evaluate_from} does not say how many classes it has; --images needs a checkpoint made here")
     model, reading = read_exits(args, restore(spec_of(args, saved), saved, args.evaluate_from).to(device))
@@ -141,16 +141,19 @@ def write_predictions(path: Path, names: Iterable[str], results: Exits, class_na
         file.write(text.getvalue().encode(errors="surrogateescape"))
 
 
-def read_images(paths: Sequence[str], dataset: str, image_size: int) -> Tensor:
+def read_images(paths: Sequence[str], dataset: str, image_size: int, stem: str | None = None) -> Tensor:
     """Image files as (n, 3, image_size, image_size) float32, scaled, cropped and normalised as the test images of `dataset`.
 
-    Images of small data sets are scaled so that the shorter side fits.
+    Where the data set's images are not cropped, these are scaled so that the shorter side fits.
 
+    Args:
+        stem: first layer of the network; None for the one of that side.
     Raises:
         UserError: for a file that is no image.
     """
-    crops = [evaluation_crop(PillowDecoder(), decode(path), image_size) for path in paths]
-    return Normalise(*statistics_of(dataset, image_size))(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2))
+    cropped, statistics = is_cropped(dataset, image_size, stem), statistics_of(dataset, image_size, stem)
+    crops = [evaluation_crop(PillowDecoder(), decode(path), image_size, cropped) for path in paths]
+    return Normalise(*statistics)(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2))
 
 
 def _run(early_exit: Callable[[Tensor], Exits], images: Tensor, batch_size: int, device: torch.device) -> Exits:

@@ -14,7 +14,8 @@ from models import Backbone, BoostedNet
 from models.folding import fold_batch_norm
 from models.inference import growing_form, has_growing_form
 from utils.core.errors import UserError
-from utils.options.network import NetworkSpec
+from utils.options.catalog import is_cropped
+from utils.options.network import NetworkSpec, stem_of
 from utils.runs import checkpoint
 from utils.runs.restore import require_same_hold_out, restore
 
@@ -35,13 +36,18 @@ def load_teacher(path: str | Path, data) -> BoostedNet:
     """The network of a checkpoint, to learn from on `data`.
 
     Raises:
-        UserError: when it is of other classes or image size, or may have seen the images that are held out.
+        UserError: when it is of other classes or images read otherwise, or may have seen the images that are held out.
     """
     model, saved = load_model(path)
     if saved["class_names"] != data.class_names:
         raise UserError(f"{path} was trained on other classes than those of this data set")
-    if saved["architecture"]["image_size"] != data.image_size:
-        raise UserError(f"{path} is for images of {saved['architecture']['image_size']} pixels, these have {data.image_size}")
+    architecture = saved["architecture"]
+    side = architecture["image_size"]
+    if side != data.image_size:
+        raise UserError(f"{path} is for images of {side} pixels, these have {data.image_size}")
+    if is_cropped(saved["dataset"], side, stem_of(architecture)) != data.cropped:
+        raise UserError(f"{path} is for images that are {'not ' if data.cropped else ''}cropped, unlike these; train it with the "
+                        "same --stem")
     require_same_hold_out(saved, data, str(path))
     return model
 

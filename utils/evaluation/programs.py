@@ -28,7 +28,10 @@ from op_counter import measure_model
 from utils.core.errors import UserError
 from utils.core.files import atomic_write, write_json
 from utils.data.augment import statistics_of
+from utils.data.decoders import short_side
 from utils.evaluation.onnx_exit import open_session
+from utils.options.catalog import is_cropped
+from utils.options.network import stem_of
 from utils.runs.restore import name_outputs
 
 FORMAT = 2
@@ -168,11 +171,13 @@ def describe(model: BoostedNet, saved: dict[str, Any], steps: Sequence[str], poi
         hold_out: where the held-out images leave under each of them, from `operating_points.hold_out_exits`.
     """
     side = saved["architecture"]["image_size"]
-    mean, std = statistics_of(saved["dataset"], side)
+    read = saved["dataset"], side, stem_of(saved["architecture"])
+    mean, std = statistics_of(*read)
     tools = {"torch": ["torch"], "onnx": ["torch", "onnx", "onnxscript", "onnxruntime"]}[form]
     return {"format": FORMAT, "runtime": form, "arch": saved["architecture"]["arch"], "method": saved["method"],
             **({"ema": saved["ema"]} if saved.get("ema") else {}),
-            "dataset": saved["dataset"], "steps": list(steps), "image_size": side, "mean": mean, "std": std,
+            "dataset": saved["dataset"], "steps": list(steps), "image_size": side,
+            "short_side": short_side(side, is_cropped(*read)), "mean": mean, "std": std,
             "class_names": name_outputs(saved.get("class_names"), saved["architecture"]["num_classes"]),
             "temperatures": list(model.temperatures),
             "macs": measure_model(model, side, side)[0],

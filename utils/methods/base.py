@@ -76,6 +76,11 @@ class Method:
         """
         return self.update(images, labels, share)
 
+    @staticmethod
+    def smallest_pass(n: int) -> int:
+        """Images of the smallest forward pass, in training mode, that `step` makes of a batch of n >= 1 images."""
+        return n
+
     def update(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome:
         """One forward pass, one backward pass, one step of the optimiser."""
         outcome = self.loss(images, labels, share)

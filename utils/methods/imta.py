@@ -46,6 +46,10 @@ class Collaboration(Method):
                             "predict alone, such as one trained with --method joint")
         return checkpoint.load_weights(model.backbone.net, saved["state_dict"], source)
 
+    @staticmethod
+    def smallest_pass(n: int) -> int:
+        return max(n, 2)
+
     def step(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome | None:
         return self.update(images, labels, share) if len(labels) > 1 else None
 

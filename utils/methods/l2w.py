@@ -90,6 +90,10 @@ class SampleWeighting(Method):
         self.batches += 1
         return _joined(*outcomes)
 
+    @staticmethod
+    def smallest_pass(n: int) -> int:
+        return max(n // 2, 1)
+
     def loss(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome:
         predictions = self.predict(images)
         per_sample = self.cross_entropies(predictions, labels)

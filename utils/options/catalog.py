@@ -48,9 +48,13 @@ def stem_for(image_size: int) -> str:
     return "large" if image_size >= LARGE_FROM else "small"
 
 
-def is_cropped(dataset: str, stem: str) -> bool:
-    """Whether images are scaled and cropped to their side; all others have to be of that side and are held in memory."""
-    return stem == "large" and dataset in CROPPED
+def is_cropped(dataset: str, image_size: int, stem: str | None = None) -> bool:
+    """Whether images are scaled and cropped to their side; all others have to be of that side and are held in memory.
+
+    Args:
+        stem: first layer of the network; None for the one of that side.
+    """
+    return (stem or stem_for(image_size)) == "large" and dataset in CROPPED
 
 
 def title_of(dataset: str) -> str:

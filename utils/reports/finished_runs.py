@@ -202,7 +202,8 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     suffix = path.stem.removeprefix(mode).removeprefix("_flat")
     if mode == "dynamic" and content["family"] in CHOSEN:
         suffix = suffix.removeprefix(f"_{content['family']}")
-    return {**content, "name": content["name"] + suffix, "suffix": suffix}
+    config = {**content["config"], "stem": stem_of(content["config"])}   # of a file with and one without it alike
+    return {**content, "config": config, "name": content["name"] + suffix, "suffix": suffix}
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:

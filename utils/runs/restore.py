@@ -68,9 +68,9 @@ def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
     """
     if "architecture" not in saved:
         return None
-    NetworkSpec.from_checkpoint(saved, args.evaluate_from)
+    spec = NetworkSpec.from_checkpoint(saved, args.evaluate_from)
     split = stored_split(saved)
-    stored = {**saved["architecture"], "dataset": saved["dataset"], "method": saved["method"],
+    stored = {**spec.to_checkpoint()["architecture"], "dataset": saved["dataset"], "method": saved["method"],
               "trainable_ensemble": saved["trainable_ensemble"]}
     if "seed" in saved:
         stored["seed"] = saved["seed"]

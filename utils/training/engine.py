@@ -12,6 +12,8 @@ from utils.core.distributed import of_all_ranks, rank, sum_over_ranks, world_siz
 from utils.core.errors import TrainingDiverged, UserError
 from utils.methods import Method
 
+NO_STATISTICS = "Expected more than 1 value per channel"   # beginning of what torch's batch normalisation says
+
 
 def valid_share(per_sample: Tensor) -> Tensor:
     """Share (n_exits,) of the batch that still trains each exit (paper, fig. 3), from cross entropies (n_exits, B).
@@ -106,9 +108,26 @@ def train_epoch(method: Method, batches: Iterable, figures: EpochFigures, *, aft
     return True
 
 
+@contextmanager
+def statistics_needed() -> Iterator[None]:
+    """While the block trains, a batch for which batch normalisation has no statistics is one line: one image on maps of 1x1.
+
+    Raises:
+        UserError: in place of torch's own error.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if NO_STATISTICS not in str(error):
+            raise
+        raise UserError("batch normalisation has no statistics of one image on a map of 1x1; choose another --batch-size, so "
+                        "that no training batch is left with one image, a larger --image_size or fewer scales") from error
+
+
 def _train_step(method: Method, batch: tuple[Tensor, Tensor, float], figures: EpochFigures) -> None:
     """One step and its figures. The outcome ends here: a CUDA graph cannot be captured while an earlier autograd graph lives."""
-    outcome = method.step(*batch) if len(batch[1]) else None
+    with statistics_needed():
+        outcome = method.step(*batch) if len(batch[1]) else None
     if outcome is None:
         figures.skip()
     else:

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from typing import Any
 
 import torch
+from torch import nn
 
 from models import BoostedNet
 from op_counter import measure_model
@@ -14,13 +16,14 @@ from utils.core.errors import UserError
 from utils.core.log import note
 from utils.core.machine import device_name
 from utils.core.tables import millions
-from utils.methods import method_class
+from utils.methods import Method, method_class
 from utils.options.catalog import METHODS
 from utils.options.flags import MAY_DIFFER
 from utils.options.parser import shown
 from utils.runs import checkpoint
 from utils.runs.folder import plain
 from utils.runs.restore import is_of_same_data, require_same_hold_out
+from utils.training.engine import statistics_needed
 
 
 def load_start(args: argparse.Namespace, model: BoostedNet, data) -> None:
@@ -43,6 +46,20 @@ def load_start(args: argparse.Namespace, model: BoostedNet, data) -> None:
     elif second_stage:
         raise UserError(f"nothing to resume in {args.result_dir}; --method {args.method} begins with the trained network of "
                         "--checkpoint FILE, without --resume")
+
+
+def require_statistics(method: Method, data) -> None:
+    """Refuse a run that would come to a batch for which batch normalisation has no statistics, before it begins.
+
+    Raises:
+        UserError: when one image is the whole of a forward pass, and some of the network's maps are 1x1.
+    """
+    backbone = method.model.backbone
+    over_all = any(isinstance(module, nn.SyncBatchNorm) for module in backbone.modules())   # the statistics of several processes
+    if over_all or method.smallest_pass(data.smallest_batch) > 1:
+        return
+    with statistics_needed():
+        copy.deepcopy(backbone).to("meta").train()(torch.empty(1, 3, data.image_size, data.image_size, device="meta"))
 
 
 def introduce(args: argparse.Namespace, data, model: BoostedNet, device: torch.device) -> None:
