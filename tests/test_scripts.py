@@ -260,6 +260,26 @@ def test_the_quickstart_trains_evaluates_both_modes_and_plots(tmp_path):
     assert plots[1:] == ["-m", "utils.plots", flags(train).result_dir]
 
 
+def short(*arguments: str, cwd: Path) -> Namespace:
+    [command] = commands("msdnet_scripts/short_cifar100.sh", *arguments, cwd=cwd, RESULT_ROOT=str(cwd))
+    return flags(command, task="training")
+
+
+def test_the_short_recipe_is_one_for_every_network_and_method_and_flags_given_win(tmp_path):
+    assert os.access(ROOT / "msdnet_scripts/short_cifar100.sh", os.X_OK)
+    plain, joint = short(cwd=tmp_path), short("30", "--method", "joint", "--arch", "ranet_ge", "--use-valid", cwd=tmp_path)
+    names = ("batch_size", "lr_f", "lr_type", "warmup_epochs", "momentum", "nesterov", "weight_decay", "label_smoothing", "ema")
+    paper, recipe = parse_args([]), {name: getattr(plain, name) for name in names}
+    assert recipe == {name: getattr(joint, name) for name in names} and plain.lr_type != paper.lr_type
+    assert (plain.epochs, joint.epochs) == (12, 30) and joint.use_valid and not plain.use_valid
+    assert plain.explicit.isdisjoint(NETWORK) and joint.arch == "ranet_ge"
+    assert [args.result_dir for args in (plain, joint)] == [f"{tmp_path}/short_cifar100_{name}" for name in ("boost", "joint")]
+    changed = short("--epochs", "3", "--batch-size", "64", "--ema", "0.9", "--result_dir", "x", cwd=tmp_path)
+    assert (changed.epochs, changed.batch_size, changed.ema, changed.result_dir) == (3, 64, 0.9, "x")
+    done = bash(ROOT / "msdnet_scripts/short_cifar100.sh", "ten", cwd=tmp_path, DRY_RUN="1")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "got 'ten'" in done.stderr
+
+
 def test_the_papers_tables_come_in_order_with_one_command_that_resumes(tmp_path):
     found = commands("msdnet_scripts/paper_tables.sh", "--lr_f", "0.2", cwd=tmp_path, RESULT_ROOT=str(tmp_path), SEEDS="5")
     trained = [flags(command) for command in found if any(word.endswith("train_cifar100.py") for word in command)]
