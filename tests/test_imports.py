@@ -23,7 +23,7 @@ ALLOWED = {
     "methods": RUNS | PURE | {"models", "methods"}, "evaluation": EVALUATION, "reports": RUNS | PURE | {"reports"},
     "training": TRAINING, "benchmarks": PROGRAMS | {"args", "dataloader"}, "programs": PROGRAMS | {"args", "dataloader"},
     "models": {"models", "options"}, "op_counter": set(), "adaptive_inference": EVALUATION, "args": OPTIONS | {"models"},
-    "dataloader": DATA, "scripts": PROGRAMS | {"args", "dataloader", "scripts"},
+    "dataloader": DATA, "hubconf": EVALUATION, "scripts": PROGRAMS | {"args", "dataloader", "scripts"},
 }
 SCRIPTS = {"train_cifar100", "train_imagenet", "eval_cifar100", "eval_imagenet"}
 

@@ -18,18 +18,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from adaptive_inference import budget_curve, released_curve
+from adaptive_inference import budget_curve, evaluate_thresholds, released_curve
 from models import BoostedNet
 from utils.core import distributed, lock
 from utils.core.errors import UserError
 from utils.core.files import TEMPORARY, atomic_write, misfit, read_json, write_json
 from utils.core.log import say
 from utils.core.tables import format_table
+from utils.evaluation.drift import ExitMonitor
+from utils.evaluation.early_exit import EarlyExit
+from utils.evaluation.fast_form import load_model, prepare_for_inference
 from utils.evaluation.operating_points import (
     CONFIDENCE_TYPE,
     finite,
+    fit,
     is_of_half_precision,
     require_hold_out,
     warn_of_missed_budgets,
@@ -196,6 +201,34 @@ def load_arrays(path: Path) -> tuple[dict[str, Any], dict[str, Arrays]]:
         return about, parts
     except Exception as error:   # zipfile, NumPy and json have a dozen ways to say it
         raise UserError(f"{path} is not a file of published arrays: {error}") from error
+
+
+def open_published(weights: Path, budget: float | None = None, device: str | torch.device = "cpu") -> BoostedNet | EarlyExit:
+    """A published network: the whole of it in eval mode, or, with a budget, one that inputs leave early.
+
+    Args:
+        weights: model_anytime.pth or model_dynamic.pth of a published folder.
+        budget: mean MACs per image; thresholds for it are fitted on the hold-out's confidences in arrays_dynamic.npz beside the
+            weights (eq. 9).
+        device: where the network computes.
+    Returns:
+        The network as trained, with `class_names`; or an `EarlyExit` in the form for inference, which counts where inputs leave.
+    Raises:
+        UserError: when the budget is out of range, or the arrays are of other weights.
+    """
+    model, saved = load_model(weights)
+    model.class_names = saved["class_names"]
+    if budget is None:
+        return model.to(device)
+    path = weights.with_name("arrays_dynamic.npz")
+    about, parts = load_arrays(path)
+    if about.get("weights_hash") != checkpoint.hash_weights(saved["state_dict"]) or "valid" not in parts:
+        raise UserError(f"{path} holds no confidences of {weights.name} on held-out images, to which thresholds could be fitted")
+    macs, valid = about["macs"], parts["valid"]
+    thresholds = fit(valid.confidence, macs, budget)
+    share = evaluate_thresholds(valid.confidence, valid.correct, thresholds, macs)[2]
+    monitor = ExitMonitor(share, valid.correct.shape[1], macs, thresholds="geometric")
+    return EarlyExit(prepare_for_inference(model.to(device)), thresholds, macs, monitor=monitor)
 
 
 def redraw(folder: Path, kind: str, *, optimised: bool = False) -> list[Path]:
