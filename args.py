@@ -108,6 +108,8 @@ def _mistake(args: Namespace) -> str | None:
     # Evaluation.
     if args.budget and args.sweep:
         return "argument --budget: chooses the budgets, --sweep has its own exit distributions; give one of them"
+    if not training and args.use_valid and args.evalmode == "anytime" and not args.calibrate:
+        return "argument --use-valid: has no effect with --evalmode anytime, only with dynamic, realtime or --calibrate"
     if any(isinstance(budget, Milliseconds) != (args.cost == "latency") for budget in args.budget or []):
         unit = "milliseconds, such as 3.5ms" if args.cost == "latency" else "MACs"
         return f"argument --budget: --cost {args.cost} takes budgets in {unit}"

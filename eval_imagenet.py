@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
                               eval_batch_size=args.batch_size, device=device, seed=args.seed, **held_out,
                               augment_valid=args.paper_protocol, val_workers=args.val_workers, decoder=args.decoder,
                               skip_unreadable=args.skip_unreadable,
-                              needs_train=args.evalmode != "anytime" or bool(args.images), rank=rank(), world=world_size())
+                              needs_train=args.evalmode != "anytime" or args.calibrate or bool(args.images),
+                              rank=rank(), world=world_size())
 
         if args.images:
             classify_files(args, saved, open_data, device)

@@ -17,6 +17,7 @@ import eval_imagenet
 import train_imagenet
 from models import grouped
 from utils.core import distributed
+from utils.evaluation import calibration
 from utils.evaluation import modes as evaluation
 from utils.training import trainer
 from utils.training.engine import EpochFigures
@@ -47,7 +48,7 @@ def run_all(runs: list[dict], folder: Path) -> list[float]:
         return predict(model, batches)
 
     trainer.predict = validate
-    evaluation.predict = lambda *arguments: seen.append(predict(*arguments)) or seen[-1]
+    evaluation.predict = calibration.predict = lambda *arguments, **more: seen.append(predict(*arguments, **more)) or seen[-1]
     for run in runs:
         seen.clear()
         own = run.get("own_statistics")
@@ -57,7 +58,8 @@ def run_all(runs: list[dict], folder: Path) -> list[float]:
         script = {"train": train_imagenet, "eval": eval_imagenet}[run["script"]]
         assert script.main(run["flags"]) == 0
         if run["script"] == "eval" and distributed.is_main():
-            torch.save([p._asdict() for p in seen], folder / f"{run['name']}.pth")
+            kept = [{**p._asdict(), "details": p.details and p.details._asdict()} for p in seen]
+            torch.save(kept, folder / f"{run['name']}.pth")
     return validated
 
 

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # People's scripts depend on these spellings: add to the list, take nothing away.
 FLAGS = """
---amp --arch --base --batch-size --block-step --bnAfter --bnFactor --bottleneck --budget --channels_last --checkpoint
+--amp --arch --base --batch-size --block-step --bnAfter --bnFactor --bottleneck --budget --calibrate --channels_last --checkpoint
 --checkpoint_key --compile --compress-factor --confidence_level --constraint_dimension --cost --cuda_graphs --data-root
 --dataset --decay-rate --decoder
 --deterministic --device --dist_backend --distill_T --distill_weight --distributed --ema --ensemble --ensemble_reweight
@@ -65,7 +65,7 @@ DEFAULTS = dict(
     evaluate_from=None, evalmode="anytime", ensemble=None, policy="confidence", budget=None, cost="macs",
     images=None, runtime="torch",
     predictions=None, sweep=None,
-    flat_curve=False, publish=None, save_suffix="", thresholds="geometric", max_drop=None, confidence_level=0.95,
+    flat_curve=False, publish=None, save_suffix="", thresholds="geometric", max_drop=None, confidence_level=0.95, calibrate=False,
     distributed=False, dist_backend=None, local_rank=0,
 )
 
@@ -298,6 +298,10 @@ MISTAKES = [
         "--sweep released", "--policy patience --evalmode dynamic", "--evaluate-from a.pth --paper_protocol --evalmode dynamic")),
     ("--evaluate-from a.pth --publish b --thresholds optimised", "--publish"),
     ("--evaluate-from a.pth --publish b --max_drop 1", "--publish"),
+    ("--evaluate-from a.pth --publish b --calibrate", "--calibrate"),
+    *((f"--calibrate {more}", "--calibrate") for more in (
+        "--policy patience", "--sweep released", "--evaluate-from a.pth --paper_protocol --evalmode dynamic")),
+    ("--evaluate-from a.pth --use-valid", "--use-valid"),
     ("--images a.png --budget 40e6,60e6", "--images"),
     ("--images a.png --budget 3.5ms", "--images"),
     ("--images a.png --sweep released", "--images"),
@@ -402,7 +406,7 @@ def test_the_table_of_effects_is_of_all_flags():
     of_one_task = {task: {name for name, effect in EFFECTS.items() if set(effect) == {task}} for task in (TRAINING, EVALUATION)}
     assert of_one_task[EVALUATION] == set("evaluate_from evalmode budget ensemble policy cost images runtime predictions "
                                           "thresholds max_drop "
-                                          "confidence_level sweep flat_curve publish save_suffix".split())
+                                          "confidence_level calibrate sweep flat_curve publish save_suffix".split())
     assert of_one_task[TRAINING] == set(
         "tensorboard_dir resume checkpoint new_classifier deterministic print_freq save_every_minutes epochs start_epoch "
         "images_per_class optimizer lr_f lr_type lr_milestones decay_rate momentum weight_decay amp "
@@ -412,7 +416,7 @@ def test_the_table_of_effects_is_of_all_flags():
         "meta_net_input_type constraint_dimension epsilon target_p_index meta_interval meta_lr meta_weight_decay".split())
     free = {name for name, effect in EFFECTS.items() if effect == {TRAINING: {}, EVALUATION: {}}}
     assert free == set("workers val_workers gpu distributed dist_backend local_rank bnAfter ensemble_reweight seed device "
-                       "threads dataset data_root image_size batch_size method arch stem".split())
+                       "threads dataset data_root use_valid image_size batch_size method arch stem".split())
 
 
 @pytest.mark.parametrize("task", [TRAINING, EVALUATION])

@@ -66,7 +66,9 @@ def train_flags(images: Path, folder: Path, network: str, batch_size: int, *more
 
 def eval_runs(images: Path, trained: Path, folder: Path) -> list[dict]:
     flags = f"--data-root {images} --evaluate-from {trained} --result_dir {folder} --batch-size 4 --device cpu".split()
-    return [{"script": "eval", "name": mode, "flags": [*flags, "--evalmode", mode]} for mode in ("anytime", "dynamic")]
+    modes = {"anytime": ["--evalmode", "anytime"], "dynamic": ["--evalmode", "dynamic"],
+             "calibrated": ["--evalmode", "dynamic", "--calibrate"]}
+    return [{"script": "eval", "name": name, "flags": [*flags, *mode]} for name, mode in modes.items()]
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +156,12 @@ def check_evaluation(alone: Path, folder: Path) -> None:
         assert len(one) == len(several) == (1 if name == "anytime" else 2)
         for a, b in zip(one, several):
             assert all(torch.equal(a[key], b[key]) for key in ("confidence", "correct", "top5"))
-    for name in ("any.txt", "dynamic.txt"):
+            assert (a["details"] is not None) is (name == "anytime")
+            assert all(torch.equal(value, b["details"][key]) for key, value in (a["details"] or {}).items())
+    for name in ("any.txt", "dynamic.txt", "dynamic_calibrated.txt"):
         assert (folder / name).read_bytes() == (alone / name).read_bytes()
+    one, several = (json.loads((path / "dynamic_calibrated.json").read_text()) for path in (alone, folder))
+    assert several["calibration"] == one["calibration"] and several["points"] == one["points"]
 
 
 def test_two_processes_evaluate_to_the_last_bit_as_one(alone, together):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from adaptive_inference import budget_curve, patience_curve, released_curve
-from utils.evaluation import modes
+from utils.evaluation import calibration, modes
 from utils.evaluation.operating_points import finite
 from utils.evaluation.predict import Predictions, predict
 
@@ -34,7 +34,8 @@ def made_up(n_samples: int, seed: int) -> Predictions:
 def predictions(monkeypatch) -> dict[str, Predictions]:
     """Those of hold-out and test set, in place of a network's."""
     found = {"valid": made_up(90, seed=1), "test": made_up(120, seed=2)}
-    monkeypatch.setattr(modes, "predict", lambda model, batches, measure=None: found[batches])
+    for module in (modes, calibration):
+        monkeypatch.setattr(module, "predict", lambda model, batches, measure=None, **more: found[batches])
     return found
 
 

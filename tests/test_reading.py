@@ -205,7 +205,7 @@ def test_exits_added_up_with_other_temperatures_have_files_and_titles_of_their_o
     for temperatures in ("0.5", "0.2", "0.2,0.4"):
         assert evaluate(images, joint, "--ensemble", "boost", "--ensemble_reweight", temperatures, into=tmp_path) == 0
     assert "msdnet_ge joint (exits added up, t = 0.3-0.4) folder" in capsys.readouterr().out
-    names = {path.stem: json.loads(path.read_text())["temperatures"][1:] for path in tmp_path.glob("*.json")}
+    names = {path.stem: json.loads(path.read_text())["temperatures"][1:] for path in tmp_path.glob("anytime*.json")}
     assert names == {"anytime_boost": [0.5, 0.5], "anytime_boost_t0.2": [0.2, 0.2],
                      "anytime_boost_t0.3-0.4": pytest.approx([0.3, 0.4])}
     assert sorted(labels(read_evaluations(tmp_path))) == [f"joint training, MSDNet, exits added up{more}"

@@ -31,15 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     run, out = Path(args.run), Path(args.out)
     path = run if run.is_file() else run / checkpoint.BEST
     model, saved = load_model(path)
-    curve = operating_points.stored_curve(path.parent, saved, family=THRESHOLDS.get(args.thresholds, args.thresholds))
+    curve = operating_points.stored_curve(path.parent, saved, family=THRESHOLDS.get(args.thresholds, args.thresholds),
+                                          calibrated=args.calibrate)
     if not curve:
+        flags = FLAGS[args.thresholds] + " --calibrate" * args.calibrate
         raise UserError(f"{path.parent} has no thresholds of this checkpoint; fit them first: eval_cifar100.py --data-root "
-                        f"DATA --evaluate-from {path} --evalmode dynamic{FLAGS[args.thresholds]}")
+                        f"DATA --evaluate-from {path} --evalmode dynamic{flags}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; name a new folder")
     points = curve["points"]
     written = write_folder(model, saved, points, out, args.format, args.thresholds,
-                           hold_out=operating_points.hold_out_exits(curve))
+                           hold_out=operating_points.hold_out_exits(curve), calibration=curve.get("calibration"))
     for n, (file, difference) in enumerate(written):
         checked = "" if difference is None else f", at most {difference:.1e} of an output's largest value from PyTorch"
         print(f"{out / file.name}: exit {n + 1} of {model.n_exits}, {file.stat().st_size / 1e6:.2f} MB{checked}", flush=True)
@@ -60,6 +62,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--thresholds", choices=tuple(FLAGS), default="geometric",
                         help="which of the stored thresholds: those of eq. 9, those chosen for accuracy (--thresholds "
                              "optimised) or those of a promise (--max_drop) (default: %(default)s)")
+    parser.add_argument("--calibrate", action="store_true",
+                        help="thresholds of --calibrate, with the temperatures that go with them")
     return parser
 
 

@@ -24,6 +24,7 @@ from utils.data.augment import Normalise, statistics_of
 from utils.data.decoders import PillowDecoder, decode, evaluation_crop
 from utils.data.folders import EXTENSIONS
 from utils.evaluation import operating_points
+from utils.evaluation.calibration import predict_hold_out
 from utils.evaluation.confidence import read_exits
 from utils.evaluation.drift import ExitMonitor
 from utils.evaluation.early_exit import Exits
@@ -56,7 +57,7 @@ def classify_files(args: argparse.Namespace, saved: dict[str, Any], open_data: C
     of_flags = {**spec_of(args, saved).to_checkpoint(), "dataset": args.dataset}   # what other programs' files do not say
     runtime = open_runtime(args.runtime, model, of_flags | saved, source, args.policy)
     chosen = _choose_thresholds(args, saved, model, reading, runtime, macs, open_data)
-    results = _run(runtime.early_exit(chosen.thresholds), images, args.batch_size, device)
+    results = _run(runtime.early_exit(chosen.thresholds, chosen.calibration), images, args.batch_size, device)
     names = name_outputs(saved.get("class_names"), args.num_classes)
     if args.predictions:
         write_predictions(Path(args.predictions), files, results, names, macs)
@@ -67,10 +68,11 @@ def classify_files(args: argparse.Namespace, saved: dict[str, Any], open_data: C
 
 
 class Chosen(NamedTuple):
-    """Thresholds, where they are from in words, and where the held-out images left."""
+    """Thresholds, where they are from in words, temperatures that they go with, and where the held-out images left."""
 
     thresholds: Sequence[float]
     origin: str
+    calibration: Sequence[float] | None
     monitor: ExitMonitor | None
 
 
@@ -83,30 +85,31 @@ def _choose_thresholds(args: argparse.Namespace, saved: dict[str, Any], model: B
         operating_points.check(macs, budget)
     family = "promise" if args.max_drop is not None else THRESHOLDS[args.thresholds]
     curve = operating_points.stored_curve(folder, saved, args.save_suffix, temperatures=model.temperatures, family=family,
-                                          **reading)
-    points = curve["points"] if curve else []
+                                          calibrated=args.calibrate, **reading)
+    points, calibration = (curve["points"], curve.get("calibration")) if curve else ([], None)
     if family == "promise":
         wanted = args.max_drop, args.confidence_level
         point = next((point for point in points if (point["max_drop"], point["confidence_level"]) == wanted), None)
         if not point:
+            calibrate = " --calibrate" if args.calibrate else ""
             raise UserError(f"{folder} has no such promise of this checkpoint; make it first, with --evalmode dynamic --max_drop "
-                            f"{args.max_drop:g} --confidence_level {args.confidence_level:g} and without --images")
+                            f"{args.max_drop:g} --confidence_level {args.confidence_level:g}{calibrate} and without --images")
         origin = (f"Stored thresholds that lose at most {args.max_drop:g} points with probability {args.confidence_level:g}, for "
                   f"{millions(point['budget'])} x 10^6 MACs on average")
-        return Chosen(point["thresholds"], origin, operating_points.monitor(curve, points.index(point)))
+        return Chosen(point["thresholds"], origin, calibration, operating_points.monitor(curve, points.index(point)))
     kind = "Optimised thresholds" if family == "optimised" else "Thresholds"
     point = operating_points.choose(points, macs, budget)
     if point:
         origin = f"Stored {kind[0].lower() + kind[1:]} for {millions(point['budget'])} x 10^6 MACs on average"
         if budget and millions(point["budget"]) != millions(budget):
             origin += f", the largest stored budget not above {millions(budget)}"
-        return Chosen(point["thresholds"], origin, operating_points.monitor(curve, points.index(point)))
+        return Chosen(point["thresholds"], origin, calibration, operating_points.monitor(curve, points.index(point)))
     data, budget = open_data(), budget or operating_points.between(macs, 0.5)
     operating_points.require_hold_out(data)
-    valid = runtime.predict(data.valid())
+    valid, calibration = predict_hold_out(runtime.network, data.valid(), runtime.measure, calibrate=args.calibrate)
     thresholds, = operating_points.fit_all(valid, macs, [budget], args.thresholds)
     share = evaluate_thresholds(valid.confidence, valid.correct, thresholds, macs)[2]
-    return Chosen(thresholds, f"{kind} for {millions(budget)} x 10^6 MACs on average",
+    return Chosen(thresholds, f"{kind} for {millions(budget)} x 10^6 MACs on average", calibration,
                   ExitMonitor(share, valid.n_samples, macs, thresholds=args.thresholds))
 
 

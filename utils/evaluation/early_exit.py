@@ -52,15 +52,18 @@ class EarlyExit:
         costs: (n_exits,) cumulative cost of every exit, in the unit of `max_cost`.
         sizes_per_doubling: sizes a batch may have between a number and its double, a power of two; None allows every size.
         measure: what is held against the thresholds, from 0 to 1; those of `utils.evaluation.confidence` that look at one exit.
+        calibration: (n_exits,) temperatures that divide F_n for the confidence alone, the ones that the thresholds were fitted
+            with; None for none.
         monitor: counts at which exits inputs leave, for `summary`; without one nothing is counted.
     Raises:
-        ValueError: when there is not one threshold, not NaN, one rising cost and one share of the monitor per exit.
+        ValueError: when there is not one threshold, not NaN, one rising cost, one positive temperature and one share of the
+            monitor per exit.
     """
 
     def __init__(self, model: BoostedNet, thresholds: Sequence[float] | np.ndarray | Tensor,
                  costs: Sequence[float] | np.ndarray | Tensor | None = None, *,
                  sizes_per_doubling: int | None = SIZES_PER_DOUBLING, measure: Measure = confidence,
-                 monitor: ExitMonitor | None = None) -> None:
+                 calibration: Sequence[float] | None = None, monitor: ExitMonitor | None = None) -> None:
         if not isinstance(model, BoostedNet):
             raise ValueError(f"EarlyExit runs a BoostedNet, got {type(model).__name__}; wrap a backbone: "
                              "BoostedNet(backbone, temperatures)")
@@ -69,6 +72,9 @@ class EarlyExit:
         self.costs = None if costs is None else _as_list(costs)
         if self.costs is not None and (len(self.costs) != model.n_exits or not _rises(self.costs)):
             raise ValueError(f"costs must be {model.n_exits} positive, rising numbers, one per exit, got {self.costs}")
+        self.calibration = None if calibration is None else _as_list(calibration)
+        if self.calibration and (len(self.calibration) != model.n_exits or not all(0 < t < math.inf for t in self.calibration)):
+            raise ValueError(f"calibration must be {model.n_exits} positive numbers, one per exit, got {self.calibration}")
         self.monitor = monitor
         if monitor and len(monitor.held_out_share) != model.n_exits:
             raise ValueError(f"the monitor is of {len(monitor.held_out_share)} exits, the network has {model.n_exits}")
@@ -120,7 +126,7 @@ class EarlyExit:
                 break
             if threshold == math.inf:   # nobody leaves, whatever the confidence
                 continue
-            certainty = self.measure(scores)
+            certainty = self._certainty(n, scores)
             stays = running.present((certainty < threshold).cpu().numpy())   # here the host waits for the device
             deadline.waited()
             n_left = len(stays) - int(np.count_nonzero(stays))
@@ -138,8 +144,11 @@ class EarlyExit:
                 running.mark(stays)
         if monitor:
             monitor.ended(reached, len(running.places) - running.n_left)
-        running.write(reached, scores, self.measure(scores))
+        running.write(reached, scores, self._certainty(reached, scores))
         return running.results
+
+    def _certainty(self, n: int, scores: Tensor) -> Tensor:
+        return self.measure(scores / self.calibration[n] if self.calibration else scores)
 
     def _last_affordable_exit(self, max_cost: float | None) -> int:
         if max_cost is None:

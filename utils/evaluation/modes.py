@@ -20,11 +20,13 @@ from utils.core.errors import UserError
 from utils.core.files import atomic_write, require_writable, write_json
 from utils.core.log import say
 from utils.core.tables import format_table, millions
+from utils.evaluation.calibration import fit_temperatures, predict_hold_out, stated
 from utils.evaluation.confidence import MEASURES, read_exits
 from utils.evaluation.operating_points import finite, require_hold_out, warn_of_missed_budgets
-from utils.evaluation.predict import predict
+from utils.evaluation.predict import Predictions, collect, predict, read
 from utils.evaluation.published import publish
 from utils.evaluation.realtime import evaluate_realtime
+from utils.evaluation.reliability import ideal_score, reliability
 from utils.evaluation.runtime import open_runtime
 from utils.evaluation.thresholds import describe_gain, describe_promise, optimised_curve, promise_point
 from utils.options.catalog import THRESHOLDS
@@ -60,17 +62,18 @@ def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torc
         runtime = open_runtime(args.runtime, model, {**about, "architecture": about["config"], **saved}, source, args.policy)
         evaluate_realtime(runtime, data, folder, about=about | {"runtime": args.runtime}, budgets=args.budget, cost=args.cost,
                           thresholds=args.thresholds, max_drop=args.max_drop, level=args.confidence_level,
-                          chosen_on_hold_out=chosen, suffix=args.save_suffix, predictions=args.predictions)
+                          chosen_on_hold_out=chosen, calibrate=args.calibrate, suffix=args.save_suffix,
+                          predictions=args.predictions)
     elif args.max_drop is not None:
         evaluate_promise(model, data, folder, about=about, max_drop=args.max_drop, level=args.confidence_level,
-                         chosen_on_hold_out=chosen, suffix=args.save_suffix)
+                         chosen_on_hold_out=chosen, calibrate=args.calibrate, suffix=args.save_suffix)
     elif args.policy == "patience":
         evaluate_patience(model, data, folder, about=about, suffix=args.save_suffix)
     elif args.evalmode == "dynamic":
         evaluate_budgeted(model, data, folder, about=about, budgets=args.budget, released=args.sweep == "released",
-                          flat=args.flat_curve, thresholds=args.thresholds, suffix=args.save_suffix)
+                          flat=args.flat_curve, thresholds=args.thresholds, calibrate=args.calibrate, suffix=args.save_suffix)
     else:
-        evaluate_anytime(model, data, folder, about=about, suffix=args.save_suffix)
+        evaluate_anytime(model, data, folder, about=about, calibrate=args.calibrate, suffix=args.save_suffix)
 
 
 def header(saved: dict[str, Any], folder: Path, model: BoostedNet, data, *, ensemble: str | None = None,
@@ -92,16 +95,29 @@ def header(saved: dict[str, Any], folder: Path, model: BoostedNet, data, *, ense
             "params": params, **({"ema": saved["ema"]} if saved.get("ema") else {})}
 
 
-def evaluate_anytime(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], suffix: str = "") -> dict[str, Any]:
-    """Accuracy of every exit on the test set; prints the table, writes any*.txt, flops.pth and anytime*.json.
+def evaluate_anytime(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], calibrate: bool = False,
+                     suffix: str = "") -> dict[str, Any]:
+    """Accuracy of every exit on the test set, and how far its confidence can be trusted.
+
+    Prints both tables and writes any*.txt, flops.pth, anytime*.json and reliability*.json.
 
     Args:
         about: from `header`.
+        calibrate: fit a temperature for every exit on the hold-out, and report what that changes as well.
         suffix: appended to the names of `utils.runs.result_files.stem`.
     Returns:
-        The content of the JSON file.
+        The content of anytime*.json.
+    Raises:
+        UserError: when there is no hold-out to calibrate on.
     """
-    test = predict(model, data.test())
+    calibration = after = None
+    if calibrate:
+        require_hold_out(data)
+        calibration = fit_temperatures(collect(model, data.valid()))
+        outputs = collect(model, data.test())
+        test, after = read(outputs, details=True), read(outputs, calibration=calibration, details=True)
+    else:
+        test = predict(model, data.test(), details=True)
     result = {**about, "n_test": test.n_samples, "top1": test.top1, "top5": test.top5.tolist()}
     if not distributed.is_main():
         return result
@@ -114,11 +130,38 @@ def evaluate_anytime(model: BoostedNet, data, folder: Path, *, about: dict[str, 
                      [[n + 1, millions(macs), f"{params / 1e6:.3f}", f"{top1:.2f}", f"{top5:.2f}"]
                       for n, (macs, params, top1, top5) in enumerate(rows)],
                      title=f"\nAnytime prediction: {_describe(about)}, {result['n_test']} test images"))
+    _report_reliability(about, folder, suffix, test, after, calibration)
     return result
 
 
+def _report_reliability(about: dict[str, Any], folder: Path, suffix: str, test: Predictions, after: Predictions | None,
+                        calibration: list[float] | None) -> None:
+    """Write the files of reliability, and print their table."""
+    found = [reliability_result(about, part, temperatures)
+             for part, temperatures in ((test, None), (after, calibration)) if part]
+    for result in found:
+        write_json(folder / f"{stem('reliability', result, suffix)}.json", result)
+    columns = {"temperature": [f"{t:.3f}" for t in calibration]} if calibration else {}
+    for name, title, scale, digits in (("ece", "ECE %", 100, 2), ("nll", "NLL", 1, 4), ("brier", "Brier", 1, 4),
+                                       ("aurc", "AURC", 1, 4)):
+        if name in found[0]:
+            columns[title] = [" -> ".join(f"{scale * value:.{digits}f}" for value in of_exit)
+                              for of_exit in zip(*(result[name] for result in found))]
+    fitted = f", before and after temperatures from {about['n_valid']} held-out images" if calibration else ""
+    say(format_table(["exit", *columns], [[n + 1, *row] for n, row in enumerate(zip(*columns.values()))],
+                     title=f"\nConfidence of the exits{fitted}"))
+
+
+def reliability_result(about: dict[str, Any], test: Predictions, calibration: list[float] | None = None) -> dict[str, Any]:
+    """Content of reliability*.json."""
+    details = test.details and {name: getattr(test.details, name).numpy() for name in ("log_likelihood", "squares")}
+    return {**about, "n_test": test.n_samples, **stated(calibration),
+            **reliability(test.confidence.numpy(), test.correct.numpy(), details),
+            "ideal": ideal_score(test.correct.numpy(), about["macs"])}
+
+
 def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], budgets: Sequence[float] | None = None,
-                      released: bool = False, flat: bool = False, thresholds: str = "geometric",
+                      released: bool = False, flat: bool = False, thresholds: str = "geometric", calibrate: bool = False,
                       suffix: str = "") -> dict[str, Any]:
     """Accuracy where inputs leave early, thresholds fitted on the hold-out and applied to the test set.
 
@@ -129,6 +172,7 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
         released: the 39-point sweep of the released program in place of budgets.
         flat: a larger budget that does not raise hold-out accuracy changes nothing.
         thresholds: "geometric" for eq. 9, or "optimised", which says as well how far it is better.
+        calibrate: fit a temperature for every exit first.
     Returns:
         The content of the JSON file.
     Raises:
@@ -138,8 +182,7 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
     macs = about["macs"]
     for budget in budgets or []:   # a budget out of range is refused before the network runs
         solve_exit_rate(macs, budget)
-    measure = MEASURES[about["policy"]]
-    valid, test = predict(model, data.valid(), measure), predict(model, data.test(), measure)
+    valid, test, calibration = _predict_both(model, data, about["policy"], calibrate)
     arrays = (valid.confidence, valid.correct, test.confidence, test.correct, macs)
     if thresholds == "optimised":
         fitted = optimised_curve(*(part.numpy() for part in arrays[:-1]), macs, budgets)
@@ -147,7 +190,7 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
         fitted = released_curve(*arrays, flat=flat) if released else budget_curve(*arrays, budgets)
     points = flatten(fitted) if flat and not released else fitted
     family = "released" if released else THRESHOLDS[thresholds]
-    about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
+    about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples, **stated(calibration)}
     result = {**about, "family": family, "flat": flat, "augmented_hold_out": data.augment_valid,
               "points": [{**point, "thresholds": finite(point["thresholds"])} for point in points]}
     if distributed.is_main():
@@ -159,8 +202,15 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
     return result
 
 
+def _predict_both(model: BoostedNet, data, policy: str, calibrate: bool, promise: bool = False,
+                  ) -> tuple[Predictions, Predictions, list[float] | None]:
+    """Predictions for hold-out and test set, and the temperatures that are in both."""
+    valid, calibration = predict_hold_out(model, data.valid(), MEASURES[policy], calibrate=calibrate, promise=promise)
+    return valid, predict(model, data.test(), MEASURES[policy], calibration=calibration), calibration
+
+
 def evaluate_promise(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], max_drop: float, level: float,
-                     chosen_on_hold_out: bool = False, suffix: str = "") -> dict[str, Any]:
+                     chosen_on_hold_out: bool = False, calibrate: bool = False, suffix: str = "") -> dict[str, Any]:
     """The cheapest thresholds that lose at most `max_drop` points of the whole network's accuracy, see `certify`.
 
     Prints them and writes dynamic_promise*.txt, flops.pth and dynamic_promise*.json, whose content it returns.
@@ -169,11 +219,10 @@ def evaluate_promise(model: BoostedNet, data, folder: Path, *, about: dict[str, 
         UserError: without a hold-out.
     """
     require_hold_out(data)
-    measure = MEASURES[about["policy"]]
-    valid, test = predict(model, data.valid(), measure), predict(model, data.test(), measure)
+    valid, test, calibration = _predict_both(model, data, about["policy"], calibrate, promise=True)
     arrays = (part.numpy() for part in (valid.confidence, valid.correct, test.confidence, test.correct))
     point = promise_point(*arrays, about["macs"], max_drop, level)
-    about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
+    about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples, **stated(calibration)}
     result = {**about, "family": "promise", "flat": False, "augmented_hold_out": False,
               "points": [{**point, "thresholds": finite(point["thresholds"])}]}
     if distributed.is_main():

@@ -151,19 +151,24 @@ class OnnxEarlyExit:
         thresholds: (n_exits,), the last one is not used; as in model.json, or from `adaptive_inference.fit_thresholds`.
         costs: (n_exits,) cumulative cost of every exit, in the unit of `max_cost`; default: MACs.
         measure: what is held against the thresholds, a name in MEASURES.
+        calibration: (n_exits,) temperatures that divide F_n for the confidence alone, the ones that the thresholds were fitted
+            with; default: those of model.json.
         monitor: counts at which exits inputs leave, for `summary`; without one nothing is counted.
     Raises:
-        UserError: when there is not one threshold, not NaN, and one share of the monitor per exit.
+        UserError: when there is not one threshold, not NaN, one positive temperature and one share of the monitor per exit.
     """
 
     def __init__(self, programs: OnnxPrograms, thresholds: Sequence[float], costs: Sequence[float] | None = None, *,
-                 measure: str = "confidence", monitor: ExitMonitor | None = None) -> None:
+                 measure: str = "confidence", calibration: Sequence[float] | None = None,
+                 monitor: ExitMonitor | None = None) -> None:
         self.programs, self.measure = programs, MEASURES[measure]
         self.thresholds = np.asarray(thresholds, np.float64)
         if self.thresholds.shape != (programs.n_exits,) or np.isnan(self.thresholds).any():
             raise UserError(f"thresholds must be {programs.n_exits} numbers, one for each exit, got {list(thresholds)}")
         self.costs = list(costs if costs is not None else programs.about["macs"])
-        self.temperatures = programs.about.get("calibration") or [1.0] * programs.n_exits
+        self.temperatures = list(calibration or programs.about.get("calibration") or [1.0] * programs.n_exits)
+        if len(self.temperatures) != programs.n_exits or not all(0 < t < math.inf for t in self.temperatures):
+            raise UserError(f"calibration must be {programs.n_exits} positive numbers, one per exit, got {self.temperatures}")
         self.monitor = monitor
         if monitor and len(monitor.held_out_share) != programs.n_exits:
             raise UserError(f"the monitor is of {len(monitor.held_out_share)} exits, the network has {programs.n_exits}")

@@ -92,7 +92,8 @@ def stored(folder: Path, saved: dict[str, Any], suffix: str = "", **reading: Any
 
 
 def stored_curve(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperatures: Sequence[float] | None = None,
-                 ensemble: str | None = None, policy: str = "confidence", family: str = "eq9") -> dict[str, Any] | None:
+                 ensemble: str | None = None, policy: str = "confidence", family: str = "eq9",
+                 calibrated: bool = False) -> dict[str, Any] | None:
     """What `--evalmode dynamic` wrote of the thresholds of this very checkpoint; None where there is nothing.
 
     Thresholds that were fitted where half precision had made confidences equal are not taken, and the log says so.
@@ -104,9 +105,10 @@ def stored_curve(folder: Path, saved: dict[str, Any], suffix: str = "", *, tempe
         temperatures: of the network that reads the exits, where not those of the checkpoint.
         ensemble, policy: how the exits are read, as from `reading.read_exits`.
         family: of the points, one of "eq9", "optimised" and "promise".
+        calibrated: whether they are of calibrated confidences; `calibration` in the result then holds the temperatures.
     """
     read = {"temperatures": list(temperatures or saved.get("temperatures") or []), "ensemble": ensemble, "policy": policy}
-    path = folder / f"{stem('dynamic', {**read, 'family': family}, suffix)}.json"
+    path = folder / f"{stem('dynamic', {**read, 'family': family, 'calibration': calibrated}, suffix)}.json"
     try:
         curve = read_json(path, {"macs": [float], "points": list})
     except (FileNotFoundError, NotADirectoryError):
@@ -118,11 +120,14 @@ def stored_curve(folder: Path, saved: dict[str, Any], suffix: str = "", *, tempe
             and all(curve.get(name, how) == how for name, how in read.items())
             and all(how is None or curve.get(name) == how for name, how in trained.items())
             and curve.get("split_hash") == (split["hash"] if split else None))
-    if not same or curve.get("family") != family or curve.get("flat"):
+    calibration = curve.get("calibration")
+    if not same or bool(calibration) != calibrated or curve.get("family") != family or curve.get("flat"):
         return None
     problem = misfit(curve["points"], [POINT], "points")
     if not problem and any(len(point["thresholds"]) != len(curve["macs"]) for point in curve["points"]):
         problem = "a point has not one threshold for each exit"
+    if calibrated and (misfit(calibration, [float]) or len(calibration) != len(curve["macs"]) or min(calibration) <= 0):
+        problem = "calibration is not one temperature for each exit"
     if problem:
         raise UserError(f"{path} is damaged ({problem}); evaluate with --evalmode dynamic again")
     if is_of_half_precision(curve) and any(1.0 in point["thresholds"] for point in curve["points"]):

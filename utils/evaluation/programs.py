@@ -142,7 +142,8 @@ def write_programs(model: BoostedNet, image_size: int, folder: Path, form: str) 
 
 
 def write_folder(model: BoostedNet, saved: dict[str, Any], points: Sequence[dict[str, Any]], folder: Path, form: str,
-                 thresholds: str = "geometric", *, hold_out: dict[str, Any] | None = None) -> Iterator[tuple[Path, float | None]]:
+                 thresholds: str = "geometric", *, hold_out: dict[str, Any] | None = None,
+                 calibration: Sequence[float] | None = None) -> Iterator[tuple[Path, float | None]]:
     """Write all programs and model.json (`describe`); the folder appears when it is complete. Yields as `write_programs`."""
     side = saved["architecture"]["image_size"]
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")   # a name that nobody else's folder has
@@ -152,7 +153,8 @@ def write_folder(model: BoostedNet, saved: dict[str, Any], points: Sequence[dict
         for path, difference in write_programs(model, side, partial, form):
             names.append(path.name)
             yield path, difference
-        write_json(partial / ABOUT, describe(model, saved, names, points, form, thresholds, hold_out=hold_out))
+        write_json(partial / ABOUT, describe(model, saved, names, points, form, thresholds, hold_out=hold_out,
+                                             calibration=calibration))
         if folder.is_dir():   # an empty one, see utils.export
             folder.rmdir()
         partial.rename(folder)
@@ -161,13 +163,15 @@ def write_folder(model: BoostedNet, saved: dict[str, Any], points: Sequence[dict
 
 
 def describe(model: BoostedNet, saved: dict[str, Any], steps: Sequence[str], points: Sequence[dict[str, Any]], form: str,
-             thresholds: str = "geometric", *, hold_out: dict[str, Any] | None = None) -> dict[str, Any]:
+             thresholds: str = "geometric", *, hold_out: dict[str, Any] | None = None,
+             calibration: Sequence[float] | None = None) -> dict[str, Any]:
     """Content of model.json (format 2): all that is needed to run the programs, and what wrote them.
 
     Args:
         points: of a curve; their thresholds become `budgets`.
         thresholds: what the points are of: "geometric" (eq. 9), "optimised", or "promise", whose only point has the entries
             max_drop and confidence_level beside the mean MACs of the hold-out.
+        calibration: temperatures by which F_n is divided for the confidence alone, where the thresholds are of such.
         hold_out: where the held-out images leave under each of them, from `operating_points.hold_out_exits`.
     """
     side = saved["architecture"]["image_size"]
@@ -181,7 +185,7 @@ def describe(model: BoostedNet, saved: dict[str, Any], steps: Sequence[str], poi
             "class_names": name_outputs(saved.get("class_names"), saved["architecture"]["num_classes"]),
             "temperatures": list(model.temperatures),
             "macs": measure_model(model, side, side)[0],
-            "thresholds": thresholds, "calibration": None,
+            "thresholds": thresholds, "calibration": calibration and list(calibration),
             "budgets": [{"macs": point["budget"], "thresholds": point["thresholds"], "test_top1": point["test_top1"],
                          **{name: point[name] for name in ("max_drop", "confidence_level") if name in point}}
                         for point in points],

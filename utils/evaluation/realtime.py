@@ -20,9 +20,10 @@ from utils.core.machine import versions
 from utils.core.tables import format_table, millions
 from utils.data.batches import Batches
 from utils.evaluation import operating_points
+from utils.evaluation.calibration import predict_hold_out, stated
 from utils.evaluation.classify import write_predictions
 from utils.evaluation.early_exit import Exits
-from utils.evaluation.predict import Predictions
+from utils.evaluation.predict import Predictions, predict
 from utils.evaluation.runtime import Runtime
 from utils.evaluation.thresholds import certify, describe_promise, promise_entries
 from utils.options.catalog import THRESHOLDS
@@ -37,7 +38,8 @@ ROUNDING = 1e-6
 
 def evaluate_realtime(runtime: Runtime, data, folder: Path, *, about: dict[str, Any], budgets: Sequence[float] | None = None,
                       cost: str = "macs", thresholds: str = "geometric", max_drop: float | None = None, level: float = 0.95,
-                      chosen_on_hold_out: bool = False, suffix: str = "", predictions: str | None = None) -> dict[str, Any]:
+                      chosen_on_hold_out: bool = False, calibrate: bool = False, suffix: str = "",
+                      predictions: str | None = None) -> dict[str, Any]:
     """Run early exit over the test set; prints one row per budget and writes realtime*.json.
 
     Args:
@@ -49,6 +51,7 @@ def evaluate_realtime(runtime: Runtime, data, folder: Path, *, about: dict[str, 
         thresholds: "geometric" for eq. 9, or "optimised".
         max_drop: in place of budgets, the cheapest thresholds that lose at most so many points with probability `level`.
         chosen_on_hold_out: whether the epoch was, see `describe_promise`.
+        calibrate: fit a temperature for every exit first.
         predictions: CSV file that gets a row for each test image; only with one operating point.
     Returns:
         The content of the JSON file.
@@ -64,14 +67,15 @@ def evaluate_realtime(runtime: Runtime, data, folder: Path, *, about: dict[str, 
     budgets = budgets or [operating_points.between(costs, fraction) for fraction in operating_points.DEFAULT_BUDGETS]
     for budget in budgets:   # a budget out of range is refused before the network runs
         operating_points.check(costs, budget, cost)
-    valid, test = runtime.predict(data.valid()), runtime.predict(data.test())
+    valid, calibration = predict_hold_out(runtime.network, data.valid(), runtime.measure, calibrate=calibrate, promise=promised)
+    test = predict(runtime.network, data.test(), runtime.measure, calibration=calibration)
     if promised:
         found = certify(valid.confidence.numpy(), valid.correct.numpy(), costs, max_drop, level)
         chosen = [(found.thresholds, promise_entries(found))]
     else:
         chosen = [(limits, {"budget": budget}) for budget, limits in
                   zip(budgets, operating_points.fit_all(valid, costs, budgets, thresholds))]
-    passes = _classify([runtime.early_exit(limits) for limits, _ in chosen], data.test(), data.image_size)
+    passes = _classify([runtime.early_exit(limits, calibration) for limits, _ in chosen], data.test(), data.image_size)
     points = []
     for (limits, entries), of_test in zip(chosen, passes):
         spent = evaluate_thresholds(valid.confidence, valid.correct, limits, costs)[1]
@@ -80,7 +84,7 @@ def evaluate_realtime(runtime: Runtime, data, folder: Path, *, about: dict[str, 
     if predictions:
         names = name_outputs(data.class_names, data.num_classes)
         write_predictions(Path(predictions), map(str, range(test.n_samples)), passes[0].exits_of_all(), names, about["macs"])
-    about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
+    about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples, **stated(calibration)}
     result = {**about, "family": "promise" if promised else THRESHOLDS[thresholds], "cost": cost,
               "batch_size": len(next(iter(data.test())).images), "latency_ms": latency_ms.tolist(),
               "versions": versions(next(iter(data.test())).images.device), "points": points}

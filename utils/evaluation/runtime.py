@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,22 +13,26 @@ from torch import Tensor, nn
 from models import BoostedNet
 from utils.core.errors import UserError
 from utils.core.log import say
-from utils.evaluation.confidence import MEASURES
+from utils.evaluation.confidence import MEASURES, Measure
 from utils.evaluation.early_exit import EarlyExit, Exits
 from utils.evaluation.fast_form import exit_times, prepare_for_inference
 from utils.evaluation.onnx_exit import OnnxEarlyExit, OnnxPrograms, use_all_cores
-from utils.evaluation.predict import Predictions, predict
 from utils.evaluation.programs import ABOUT, write_folder
 from utils.runs.checkpoint import hash_weights
 
 
 class Runtime(Protocol):
-    """A network ready for early exit."""
+    """A network ready for early exit.
 
-    def predict(self, batches: Iterable) -> Predictions:
-        """Confidence and hits of every exit for every image of `batches`, as `utils.evaluation.predict.predict`."""
+    Attributes:
+        network: gives F_n of every exit for images that all stay to the end.
+        measure: turns F_n into what is held against the thresholds.
+    """
 
-    def early_exit(self, thresholds: np.ndarray) -> Callable[[Tensor], Exits]:
+    network: nn.Module
+    measure: Measure
+
+    def early_exit(self, thresholds: np.ndarray, calibration: Sequence[float] | None = None) -> Callable[[Tensor], Exits]:
         """A function from images (B, 3, H, W) to class, confidence and exit of each."""
 
     def exit_times(self, images: Tensor) -> np.ndarray:
@@ -39,16 +43,13 @@ class TorchRuntime:
     """The network's form for inference (`prepare_for_inference`)."""
 
     def __init__(self, model: BoostedNet, policy: str = "confidence") -> None:
-        self.model, self.measure = prepare_for_inference(model), MEASURES[policy]
+        self.network, self.measure = prepare_for_inference(model), MEASURES[policy]
 
-    def predict(self, batches: Iterable) -> Predictions:
-        return predict(self.model, batches, self.measure)
-
-    def early_exit(self, thresholds: np.ndarray) -> Callable[[Tensor], Exits]:
-        return EarlyExit(self.model, thresholds, measure=self.measure)
+    def early_exit(self, thresholds: np.ndarray, calibration: Sequence[float] | None = None) -> Callable[[Tensor], Exits]:
+        return EarlyExit(self.network, thresholds, measure=self.measure, calibration=calibration)
 
     def exit_times(self, images: Tensor) -> np.ndarray:
-        return exit_times(self.model, images)
+        return exit_times(self.network, images)
 
 
 class OnnxRuntime:
@@ -56,12 +57,10 @@ class OnnxRuntime:
 
     def __init__(self, folder: Path, policy: str = "confidence") -> None:
         self.programs, self.policy = OnnxPrograms(folder), policy
+        self.network, self.measure = _AllExits(self.programs), MEASURES[policy]
 
-    def predict(self, batches: Iterable) -> Predictions:
-        return predict(_AllExits(self.programs), batches, MEASURES[self.policy])
-
-    def early_exit(self, thresholds: np.ndarray) -> Callable[[Tensor], Exits]:
-        early_exit = OnnxEarlyExit(self.programs, thresholds, measure=self.policy)
+    def early_exit(self, thresholds: np.ndarray, calibration: Sequence[float] | None = None) -> Callable[[Tensor], Exits]:
+        early_exit = OnnxEarlyExit(self.programs, thresholds, measure=self.policy, calibration=calibration)
         return lambda images: Exits(*map(torch.from_numpy, early_exit(images.numpy())))
 
     def exit_times(self, images: Tensor) -> np.ndarray:

@@ -360,6 +360,12 @@ class Promise(NamedTuple):
     mean_cost: float
 
 
+def divide(n_inputs: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the held-out images on which everything is fitted, and of those on which a promise is tested; shuffled."""
+    order = np.random.default_rng(seed).permutation(n_inputs)
+    return order[:n_inputs // 2], order[n_inputs // 2:]
+
+
 def certify(confidence: np.ndarray, correct: np.ndarray, costs: Sequence[float], max_drop: float, level: float = 0.95, *,
             seed: int = 0) -> Promise:
     """The cheapest thresholds that certainly enough lose at most `max_drop` points of the whole network's accuracy.
@@ -370,14 +376,14 @@ def certify(confidence: np.ndarray, correct: np.ndarray, costs: Sequence[float],
     any of those passed loses more than `max_drop` is at most 1 - level, however many there are.
 
     Args:
-        confidence, correct: of the hold-out; images like those that will come, seen by nothing that was fitted or chosen.
+        confidence, correct: of the hold-out; images like those that will come. What was fitted or chosen before may have seen
+            the first part of `divide` alone.
         max_drop: in points of accuracy, above 0.
         level: between 0 and 1.
         seed: of the division and of the order of the test.
     """
     costs = np.asarray(costs, np.float64)
-    order = np.random.default_rng(seed).permutation(confidence.shape[1])
-    fitted, tested = order[:order.size // 2], order[order.size // 2:]
+    fitted, tested = divide(confidence.shape[1], seed=seed)
     known, known_right = confidence[:, fitted], correct[:, fitted]
     new, new_right = confidence[:, tested], correct[:, tested]
     whole = np.append(np.full(len(costs) - 1, np.inf), -np.inf).astype(confidence.dtype)

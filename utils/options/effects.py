@@ -59,7 +59,7 @@ EFFECTS: dict[str, Effect] = {
     "print_freq": _training(),
     "save_every_minutes": _training(),
     # Data.
-    "use_valid": {TRAINING: {}, EVALUATION: {"evalmode": _LEAVING}},
+    "use_valid": {TRAINING: {}, EVALUATION: {}},
     "valid_size": _both(use_valid=True),
     "images_per_class": _training(),
     "decoder": _both(dataset=CROPPED, stem=("large",)),
@@ -102,6 +102,7 @@ EFFECTS: dict[str, Effect] = {
     "max_drop": _evaluation(publish=False, policy=_AT_BUDGETS, evalmode=_LEAVING, budget=False, sweep=False, flat_curve=False,
                             paper_protocol=False),
     "confidence_level": _evaluation(max_drop=True),
+    "calibrate": _evaluation(publish=False, policy=_AT_BUDGETS, sweep=False, paper_protocol=False),
     "sweep": _evaluation(**_MACS_ONLY),
     "flat_curve": _evaluation(**_MACS_ONLY),
     "publish": _evaluation(evalmode=("anytime", "dynamic")),

@@ -32,8 +32,8 @@ FREE_ON_RESUME = frozenset((
     "result_dir", "tensorboard_dir", "data_root", "resume", "checkpoint", "checkpoint_key", "new_classifier", "start_epoch",
     "workers", "val_workers", "device", "gpu", "threads", "deterministic", "print_freq", "save_every_minutes",
     "skip_unreadable", "distributed", "dist_backend", "local_rank", "bnAfter", "evaluate_from", "evalmode", "ensemble",
-    "policy", "budget", "cost", "images", "runtime", "predictions", "thresholds", "max_drop", "confidence_level", "sweep",
-    "flat_curve", "publish", "save_suffix",
+    "policy", "budget", "cost", "images", "runtime", "predictions", "thresholds", "max_drop", "confidence_level", "calibrate",
+    "sweep", "flat_curve", "publish", "save_suffix",
 ))
 
 # What a run did whose version did not know the flag yet, where that is not the default now.
@@ -334,6 +334,9 @@ def _evaluation_flags(parser: argparse.ArgumentParser) -> None:
              "below the whole network's, with the probability of --confidence_level over the draw of the held-out images")
     add("--confidence_level", type=within(number, 0.5, 1, below=True), default=0.95, metavar="C",
         help="probability of --max_drop (default: %(default)s)")
+    add("--calibrate", action="store_true",
+        help="fit a temperature for every exit on the hold-out, by likelihood, that divides its outputs for the confidence "
+             "alone; no answer changes")
     add("--sweep", choices=("released",), help="dynamic: the 39 exit distributions of the authors' program instead")
     add("--flat_curve", action="store_true",
         help="dynamic: keep the previous thresholds where a larger budget does not raise hold-out accuracy")

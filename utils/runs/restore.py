@@ -106,7 +106,7 @@ def hold_out(args: argparse.Namespace, saved: dict[str, Any], split: Split | Non
     drawn = args.use_valid and ("seed" in args.explicit or not stored.exists())
     if "seed" in args.explicit and not drawn and not args.paper_protocol:
         raise UserError("--seed has no effect without --use-valid: nothing is drawn")
-    if args.evalmode == "anytime" or not (args.use_valid or stored.exists()):
+    if (args.evalmode == "anytime" and not args.calibrate) or not (args.use_valid or stored.exists()):
         return {}
     if drawn:
         _warn("%s says nothing of a hold-out: %s images are drawn with seed %d, and its network may have been trained on them",

@@ -1,6 +1,7 @@
 """The files that evaluation leaves in a run's folder: their names, and the kinds of curve in them.
 
-`anytime*.json` hold the accuracy of every exit, `dynamic*.json` the points of a budgeted curve, `realtime*.json` measured times.
+`anytime*.json` hold the accuracy of every exit, `dynamic*.json` the points of a budgeted curve, `realtime*.json` measured times,
+`reliability*.json` how far the confidence of every exit can be trusted.
 """
 from __future__ import annotations
 
@@ -54,14 +55,15 @@ def stem(mode: str, about: Mapping[str, Any], save_suffix: str = "") -> str:
     """Name of an evaluation file, without its ending, so that one way to evaluate does not overwrite another's.
 
     Args:
-        mode: "anytime", "dynamic" or "realtime".
-        about: content of the file, or as much of it as is not as usual: `flat`, `family`, `augmented_hold_out`, `ensemble`
-            (with `temperatures`), `policy`.
+        mode: "anytime", "dynamic", "realtime" or "reliability".
+        about: content of the file, or as much of it as is not as usual: `flat`, `family`, `augmented_hold_out`, `calibration`,
+            `ensemble` (with `temperatures`), `policy`.
         save_suffix: the user's own (--save_suffix).
     """
     policy, temperatures = about.get("policy"), unusual_temperatures(about)
     chosen = about.get("family") if about.get("family") in CHOSEN else None
     parts = ["flat" if about.get("flat") else None, chosen, "augmented" if about.get("augmented_hold_out") else None,
+             "calibrated" if about.get("calibration") else None,
              about.get("ensemble"), f"t{temperatures}" if temperatures else None, policy if policy != "confidence" else None]
     return "_".join([mode, *filter(None, parts)]) + save_suffix
 
@@ -80,8 +82,8 @@ def averaged_words(about: Mapping[str, Any]) -> str | None:
 def reading_words(about: Mapping[str, Any]) -> list[str]:
     """What is not usual in a result file's weights, and in how its exits were read."""
     temperatures = unusual_temperatures(about)
-    words = (averaged_words(about),
-             ENSEMBLES.get(about.get("ensemble")), temperatures and f"t = {temperatures}", POLICIES.get(about.get("policy")))
+    words = (averaged_words(about), ENSEMBLES.get(about.get("ensemble")), temperatures and f"t = {temperatures}",
+             POLICIES.get(about.get("policy")), "calibrated" if about.get("calibration") else None)
     return [word for word in words if word]
 
 
