@@ -19,7 +19,7 @@ import train_cifar100
 from adaptive_inference import EarlyExit
 from args import choose_network, parse_args, require_unchanged
 from dataloader import build_data
-from models import BoostedNet, MSDNet, RANet
+from models import BoostedNet, MSDNet, RANet, ResNet
 from op_counter import measure_model
 from utils import export
 from utils.core.errors import STOPPED, UserError
@@ -67,7 +67,15 @@ def network(request):
 
 
 def test_costs_agree_with_torchs_counter_and_with_hooks(network):
-    model, side = network
+    check_costs(*network)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_costs_of_a_resnet_too(side):
+    check_costs(BoostedNet(ResNet("resnet18", num_classes=5, image_size=side), [0.5] * 4).eval(), side)
+
+
+def check_costs(model: BoostedNet, side: int) -> None:
     extra = 0
 
     def count(module, inputs, output):

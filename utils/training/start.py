@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def require_statistics(method: Method, data) -> None:
     over_all = any(isinstance(module, nn.SyncBatchNorm) for module in backbone.modules())   # the statistics of several processes
     if over_all or method.smallest_pass(data.smallest_batch) > 1:
         return
-    with statistics_needed():
+    with statistics_needed(), suppress(RuntimeError):   # of networks that do not run without values; training will find out
         copy.deepcopy(backbone).to("meta").train()(torch.empty(1, 3, data.image_size, data.image_size, device="meta"))
 
 
