@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+from utils.core.errors import UserError
 from utils.options.catalog import ANYTIME_NETWORKS, DATASETS, METHODS, family_of, title_of
 from utils.options.effects import EVALUATION, TRAINING, without_effect
 from utils.options.flags import BEFORE_THE_FLAG, FREE_ON_RESUME, Milliseconds, build_parser, implied
@@ -91,6 +92,8 @@ def _mistake(args: Namespace) -> str | None:
     if training and method.second_stage and args.batch_size < 2:
         return (f"argument --batch-size: --method {args.method} needs at least 2 images in a step, for batch normalisation of "
                 "vectors")
+    if training and args.freeze_backbone and family_of(args.arch) != "own" and not (args.checkpoint or args.resume):
+        return "argument --freeze_backbone: would freeze a network that has not been trained; name its weights with --checkpoint"
     if training and method.sgd_only and args.optimizer != "sgd":
         return f"argument --optimizer: --method {args.method} works with sgd only, got {args.optimizer}"
     # Training.
@@ -143,7 +146,7 @@ def _no_network(args: Namespace) -> str | None:
 
     try:
         n_exits = build_shapes(replace(NetworkSpec.from_args(args), num_classes=args.num_classes or 2)).n_exits
-    except ValueError as error:
+    except (ValueError, UserError) as error:
         return str(error)
     if len(args.ensemble_reweight) not in (1, 2, n_exits):
         return (f"argument --ensemble_reweight: has {len(args.ensemble_reweight)} values; pass one, two to interpolate, or one "
@@ -174,6 +177,9 @@ def choose_network(args: Namespace, before: dict[str, Any] | None = None) -> str
     if before:
         before = {"stem": args.stem, **before}   # a run from before there was a choice has the one of its image size
         chosen, note = {name: before.get(name, defaults[name]) for name in NETWORK if name not in args.explicit}, None
+        if family_of(chosen.get("arch", "")) == "own":
+            parser.error(f"--resume: the network of the run in {args.result_dir} was made by {chosen['arch']}; code runs only "
+                         f"where its user names it: pass the file again, --arch FOLDER/{chosen['arch']}")
     elif (family_of(args.arch), args.stem) not in ANYTIME_NETWORKS:   # its name says all
         chosen, note = {}, None
     else:

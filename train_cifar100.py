@@ -23,11 +23,18 @@ from utils.methods import build_method, require_one_process
 from utils.options.network import NetworkSpec
 from utils.runs.checkpoint import hash_weights
 from utils.runs.folder import claim, epochs_begun, find_run, start_run
-from utils.runs.restore import build_model, describe, stored_split
+from utils.runs.restore import build_model, describe, require_same_file, stored_split
 from utils.training.average import WeightAverage
 from utils.training.fast_forward import training_forward
 from utils.training.optim import Schedule, build_optimizer
-from utils.training.start import introduce, load_start, require_same_flags, require_same_start, require_statistics
+from utils.training.start import (
+    freeze_backbone,
+    introduce,
+    load_start,
+    require_same_flags,
+    require_same_start,
+    require_statistics,
+)
 from utils.training.trainer import Trainer
 
 
@@ -62,10 +69,14 @@ def train(args: Namespace, device: torch.device, signals: StopSignals) -> int:
         if args.deterministic:
             make_deterministic()
         spec = NetworkSpec.from_args(args)
+        if saved:
+            require_same_file(spec, saved, args.result_dir)
         model = build_model(spec).to(device)
         if not saved:
             load_start(args, model, data)
-        teacher = load_teacher(args.teacher, data).to(device) if args.teacher else None
+        if args.freeze_backbone:
+            freeze_backbone(model)
+        teacher = load_teacher(args.teacher, data, args.arch).to(device) if args.teacher else None
         teacher_hash = hash_weights(teacher.state_dict()) if teacher else None
         require_same_start(saved, data, model, teacher_hash)
         # What runs in training has the parameters of `model`, which is evaluated and saved.

@@ -15,6 +15,7 @@ from models.chain import ChainNet, PooledClassifier
 from models.collaboration import CollaborativeNet
 from models.ensembles import AveragedNet, read_as
 from models.msdnet import MSDNet
+from models.own import build_own
 from models.ranet import RANet
 from models.resnet import ResNet
 from utils.options.catalog import family_of
@@ -42,6 +43,8 @@ def build_backbone(args: Any) -> nn.Module:
         ValueError: naming the flags, when they do not describe a network.
     """
     family = family_of(args.arch)
+    if family == "own":
+        return build_own(args.arch, num_classes=args.num_classes, image_size=args.image_size)
     network = {"msdnet": MSDNet, "ranet": RANet, "resnet": partial(ResNet, args.arch.removesuffix("_ge"))}[family]
     keywords = {name: getattr(args, FLAGS[name].lstrip("-").replace("-", "_")) for name in KEYWORDS[family]}
     try:
@@ -51,11 +54,14 @@ def build_backbone(args: Any) -> nn.Module:
 
 
 def build_shapes(args: Any) -> nn.Module:
-    """`build_backbone` on the meta device: shapes without storage, in a fraction of the time.
+    """`build_backbone` on the meta device: shapes without storage, in a fraction of the time. A person's own network, whose
+    code may want to see values, is built as it is.
 
     Raises:
         ValueError: as `build_backbone`.
     """
+    if family_of(args.arch) == "own":
+        return build_backbone(args)
     with torch.device("meta"), _NoInitialisation():
         return build_backbone(args)
 

@@ -36,8 +36,8 @@ FLAGS = """
 --checkpoint_key --compile --compress-factor --confidence_level --constraint_dimension --cost --cuda_graphs --data-root
 --dataset --decay-rate --decoder
 --deterministic --device --dist_backend --distill_T --distill_weight --distributed --ema --ensemble --ensemble_reweight
---epochs --epsilon --evalmode --evaluate-from --flat_curve --gpu --grFactor --groups --growthRate --help --image_size
---images --images_per_class --include_final --label_smoothing --learning-rate
+--epochs --epsilon --evalmode --evaluate-from --flat_curve --freeze_backbone --gpu --grFactor --groups --growthRate --help
+--image_size --images --images_per_class --include_final --label_smoothing --learning-rate
 --local-rank --local_rank --loss_equal --lr --lr-type --lr_f --lr_milestones --lr_step --max_drop
 --meta_interval --meta_lr --meta_net_hidden_size --meta_net_input_type --meta_net_num_layers --meta_weight_decay
 --method --momentum --nBlocks --nChannels --nesterov --new_classifier --optimizer --overlap --paper_protocol --policy
@@ -49,7 +49,8 @@ FLAGS = """
 
 DEFAULTS = dict(
     result_dir=None, tensorboard_dir=None, resume=False, checkpoint=None, checkpoint_key=None, new_classifier=False,
-    seed=0, device="auto", gpu="0", threads=None, deterministic=False, print_freq=10, save_every_minutes=None,
+    freeze_backbone=False, seed=0, device="auto", gpu="0", threads=None, deterministic=False, print_freq=10,
+    save_every_minutes=None,
     dataset="cifar100", data_root="data", image_size=32, stem="small", num_classes=100, use_valid=False,
     valid_size=5000, images_per_class=None, workers=4, val_workers=1, decoder="pillow", skip_unreadable=False,
     arch="msdnet_ge", nBlocks=1, base=4, step=1, stepmode="even", nChannels=32, growthRate=6,
@@ -118,6 +119,14 @@ MISTAKES = [
     ("--arch resnet18 --nBlocks 2", "--nBlocks"),
     ("--arch resnet34_ge --bnFactor 1-2-4", "--bnFactor"),
     ("--arch resnet18 --stem tiny", "--stem"),
+    ("--arch resnet18.py", "--arch"),
+    ("--arch net.py:", "--arch"),
+    ("--arch net.py:1st", "--arch"),
+    ("--arch=net.py\0.py:build", "--arch"),
+    ("--arch no_such_file.py:build --nBlocks 2", "--nBlocks"),
+    ("--freeze_backbone", "--freeze_backbone"),
+    ("--freeze_backbone --checkpoint a.pth --method imta", "--freeze_backbone"),
+    ("--freeze_backbone --checkpoint a.pth --method block_losses --overlap 2", "--freeze_backbone"),
     ("--arch ranet --base 4", "--base"),
     ("--arch msdnet --block-step 2", "--block-step"),
     ("--scale-list 1-2-3", "--scale-list"),
@@ -409,7 +418,7 @@ def test_the_table_of_effects_is_of_all_flags():
                                           "confidence_level calibrate sweep flat_curve publish save_suffix".split())
     assert of_one_task[TRAINING] == set(
         "tensorboard_dir resume checkpoint new_classifier deterministic print_freq save_every_minutes epochs start_epoch "
-        "images_per_class optimizer lr_f lr_type lr_milestones decay_rate momentum weight_decay amp "
+        "freeze_backbone images_per_class optimizer lr_f lr_type lr_milestones decay_rate momentum weight_decay amp "
         "lr_step warmup_epochs nesterov label_smoothing ema "
         "channels_last compile cuda_graphs loss_equal groups overlap include_final distill_weight distill_T teacher "
         "meta_net_hidden_size meta_net_num_layers "

@@ -35,13 +35,15 @@ from utils.training import trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = {
-    "msdnet": "--arch msdnet_ge --nBlocks 2 --base 1 --step 1 --grFactor 1-2-4 --bnFactor 1-2-4",
+    "msdnet": "--arch msdnet_ge --nChannels 4 --nBlocks 2 --base 1 --step 1 --grFactor 1-2-4 --bnFactor 1-2-4",
     # Its last layers drop a scale at a depth where the finer scales of the layer before feed nothing any more.
-    "unread": "--arch msdnet_ge --nBlocks 3 --base 2 --step 1 --grFactor 1-2-4 --bnFactor 1-2-4",
-    "ranet": "--arch ranet_ge --nBlocks 1 --block-step 1 --step 1 --grFactor 4-2-1 --bnFactor 4-2-1",
+    "unread": "--arch msdnet_ge --nChannels 4 --nBlocks 3 --base 2 --step 1 --grFactor 1-2-4 --bnFactor 1-2-4",
+    "ranet": "--arch ranet_ge --nChannels 4 --nBlocks 1 --block-step 1 --step 1 --grFactor 4-2-1 --bnFactor 4-2-1",
+    "chain": f"--arch {ROOT}/tests/small_chain.py:build",
 }
 RUNS = {"msdnet": "msdnet", "ranet": "ranet", "equalised": "unread --loss_equal", "equalised_ranet": "ranet --loss_equal",
-        "distilled": "msdnet --method boost_distill", "averaged": "msdnet --ema 0.6 --label_smoothing 0.1 --lr-type linear"}
+        "distilled": "msdnet --method boost_distill", "chain": "chain", "frozen": "chain --freeze_backbone",
+        "averaged": "msdnet --ema 0.6 --label_smoothing 0.1 --lr-type linear"}
 OWN = {"own": "msdnet", "own_averaged": "msdnet --ema 0.6"}   # in which every process has statistics of its own images
 MINUTE = 60
 ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}   # torchrun's
@@ -59,7 +61,7 @@ def launch(world: int, *arguments: object, options: str = "", output: Path) -> s
 def train_flags(images: Path, folder: Path, network: str, batch_size: int, *more: str) -> list[str]:
     """Flags of a run on 41 training images, which no batch size here divides; 7 are held out."""
     name, *rest = network.split()
-    flags = (f"--dataset folder --data-root {images} --result_dir {folder} --use-valid --valid_size 7 --nChannels 4 --epochs 1 "
+    flags = (f"--dataset folder --data-root {images} --result_dir {folder} --use-valid --valid_size 7 --epochs 1 "
              f"--batch-size {batch_size} --lr_milestones 2 --lr_f 0.02 --print-freq 2 --device cpu {NETWORKS[name]}")
     return [*flags.split(), *rest, *more]
 

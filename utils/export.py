@@ -17,6 +17,7 @@ from utils.evaluation import operating_points
 from utils.evaluation.fast_form import load_model
 from utils.evaluation.programs import ABOUT, SUFFIXES, write_folder
 from utils.options.catalog import THRESHOLDS
+from utils.options.flags import architecture
 from utils.options.parser import OneLineParser
 from utils.runs import checkpoint
 from utils.runs.result_files import averaged_words
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     run, out = Path(args.run), Path(args.out)
     path = run if run.is_file() else run / checkpoint.BEST
-    model, saved = load_model(path)
+    model, saved = load_model(path, arch=args.arch)
     curve = operating_points.stored_curve(path.parent, saved, family=THRESHOLDS.get(args.thresholds, args.thresholds),
                                           calibrated=args.calibrate)
     if not curve:
@@ -57,6 +58,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("run", metavar="RUN_DIR", help=f"folder of a run, of which {checkpoint.BEST} is taken; or a checkpoint. "
                         "--evalmode dynamic must have left its thresholds there")
     parser.add_argument("out", metavar="OUT_DIR", help="new folder for the programs")
+    parser.add_argument("--arch", type=architecture, metavar="FILE.py:FUNCTION",
+                        help="makes the network, where it is your own: a checkpoint never runs code by itself")
     parser.add_argument("--format", choices=tuple(SUFFIXES), default="torch",
                         help="torch.export programs, or ONNX, checked against PyTorch (default: %(default)s)")
     parser.add_argument("--thresholds", choices=tuple(FLAGS), default="geometric",

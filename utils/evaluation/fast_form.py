@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,39 @@ from utils.core.errors import UserError
 from utils.options.catalog import is_cropped
 from utils.options.network import NetworkSpec, stem_of
 from utils.runs import checkpoint
-from utils.runs.restore import require_same_hold_out, restore
+from utils.runs.restore import require_same_hold_out, restore, warn_of_changed_file
 
 FORMS = ("growing", "folded", "compiled")
 
 
-def load_model(path: str | Path) -> tuple[BoostedNet, dict[str, Any]]:
+def load_model(path: str | Path, *, backbone: nn.Module | None = None,
+               arch: str | None = None) -> tuple[BoostedNet, dict[str, Any]]:
     """The network of a checkpoint of this project, in eval mode, and the content of the file.
 
+    Args:
+        backbone: to put the weights into, in place of the network that the file names. For a network of one's own it takes this,
+            because a checkpoint never runs code by itself,
+        arch: or --arch FILE.py:FUNCTION as an `OwnNetwork`.
     Raises:
-        UserError: when the file does not say what network it holds.
+        UserError: when the file does not say what network it holds, or its weights do not fit the one that is given.
     """
     saved = checkpoint.load(path)
-    return restore(NetworkSpec.from_checkpoint(saved, path), saved, path).eval(), saved
+    spec = NetworkSpec.from_checkpoint(saved, path)
+    warn_of_changed_file(arch, spec, path)
+    return restore(spec.made_by(arch, path), saved, path, backbone).eval(), saved
 
 
-def load_teacher(path: str | Path, data) -> BoostedNet:
+def load_teacher(path: str | Path, data, arch: str | None = None) -> BoostedNet:
     """The network of a checkpoint, to learn from on `data`.
 
+    Args:
+        arch: of the network that learns; where it is a person's own, the teacher may be of the same file and function.
     Raises:
         UserError: when it is of other classes or images read otherwise, or may have seen the images that are held out.
     """
-    model, saved = load_model(path)
+    saved = checkpoint.load(path)
+    spec = NetworkSpec.from_checkpoint(saved, path)
+    model = restore(replace(spec, arch=arch) if spec.arch == arch else spec, saved, path).eval()
     if saved["class_names"] != data.class_names:
         raise UserError(f"{path} was trained on other classes than those of this data set")
     architecture = saved["architecture"]

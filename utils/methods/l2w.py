@@ -119,7 +119,7 @@ class SampleWeighting(Method):
 
     def meta_loss(self, images: Tensor, labels: Tensor, held_out_images: Tensor, held_out_labels: Tensor) -> Tensor:
         """Loss of the held-out half after a trial step, a function of the weight network's parameters."""
-        parameters = dict(self.network.named_parameters())
+        parameters = {name: parameter for name, parameter in self.network.named_parameters() if parameter.requires_grad}
         predictions = self._trial(parameters, images)
         per_sample = self.cross_entropies(predictions, labels)
         weighted = self.objective(self.weights(predictions, per_sample) * per_sample)

@@ -135,8 +135,8 @@ POLICIES = {"confidence": None, "entropy": "leaving by entropy", "margin": "leav
 
 
 def family_of(arch: str) -> str:
-    """What networks of the same kind have in common in their names: msdnet, ranet or resnet."""
-    return re.match("[a-z]*", arch)[0]
+    """What networks of the same kind have in common in their names: msdnet, ranet or resnet; "own" for FILE.py:FUNCTION."""
+    return "own" if ":" in arch else re.match("[a-z]*", arch)[0]
 
 
 def arch_title(arch: str) -> str:

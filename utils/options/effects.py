@@ -38,6 +38,8 @@ _MSDNETS = tuple(name for name in ARCHITECTURES if family_of(name) == "msdnet")
 _RANETS = tuple(name for name in ARCHITECTURES if family_of(name) == "ranet")
 _ONE_CALL = tuple(name for name, facts in METHODS.items() if facts.one_call)
 _FIRST_STAGE = tuple(name for name, facts in METHODS.items() if not facts.second_stage)
+# Not where the backbone is frozen anyway, nor where all there is to choose is which of its blocks a loss trains.
+_FREEZABLE = tuple(name for name, facts in METHODS.items() if not facts.second_stage and "overlap" not in facts.flags)
 _LEAVING = ("dynamic", "realtime")   # modes of evaluation in which inputs leave early
 _AT_BUDGETS = ("confidence", "entropy", "margin")   # policies; patience has operating points of its own
 _MACS_ONLY: Needs = {"publish": False, "images": False, "policy": _AT_BUDGETS, "evalmode": ("dynamic",), "cost": ("macs",)}
@@ -79,6 +81,7 @@ EFFECTS: dict[str, Effect] = {
     # Training.
     **dict.fromkeys(("epochs", "optimizer", "lr_f", "lr_type", "lr_milestones", "weight_decay", "warmup_epochs",
                      "label_smoothing", "ema"), _training()),
+    "freeze_backbone": _training(method=_FREEZABLE),
     "start_epoch": _training(resume=False, checkpoint=True),
     "momentum": _training(optimizer=("sgd", "rmsprop")),
     "nesterov": _training(optimizer=("sgd",), momentum=True),

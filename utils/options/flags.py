@@ -24,6 +24,7 @@ from utils.options.catalog import (
     THRESHOLDS,
     stem_for,
 )
+from utils.options.network import OwnNetwork
 from utils.options.parser import OneLineParser, list_of, number, path, true_false, whole, within, written_path
 
 # What a resumed run may be told anew: where it runs, what it shows, how it meets trouble, and what only evaluation reads. All
@@ -82,6 +83,15 @@ def suffix(text: str) -> str:
     if re.search(r"[/\\]", path(f"_{text}")):
         raise ArgumentTypeError(f"must be a part of a file name, without / and \\, got {text!r}")
     return text
+
+
+def architecture(text: str) -> str:
+    """The name of a network, or an `OwnNetwork`."""
+    if text in ARCHITECTURES:
+        return text
+    if not OwnNetwork.FORM.fullmatch(text):
+        raise ArgumentTypeError(f"choose one of {', '.join(ARCHITECTURES)}, or FILE.py:FUNCTION, got {text!r}")
+    return OwnNetwork(written_path(text))
 
 
 def build_parser(datasets: Sequence[str] = tuple(DATASETS)) -> OneLineParser:
@@ -160,9 +170,9 @@ def _data_flags(parser: argparse.ArgumentParser, datasets: Sequence[str]) -> Non
 
 def _network_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("network", "lists have one entry per scale (MSDNet) or sub-network (RANet)").add_argument
-    add("--arch", choices=tuple(ARCHITECTURES), default="msdnet_ge",
-        help="resnet18, resnet34: torchvision's, with an exit after each stage; _ge: with gradient rescaling (default: "
-             "%(default)s)")
+    add("--arch", type=architecture, default="msdnet_ge", metavar="NAME",
+        help=f"{', '.join(ARCHITECTURES)}: resnets are torchvision's, with an exit after each stage, _ge has gradient rescaling; "
+             "or FILE.py:FUNCTION, a network of your own, see docs/own_network.md (default: %(default)s)")
     add("--stem", choices=tuple(STEMS),
         help="first layer: small is a 3x3 convolution, large a 7x7 one with stride 2 and max pooling; images of --dataset folder "
              f"have to be of --image_size for small, and are scaled and cropped for large (default: large from {LARGE_FROM} "
@@ -257,6 +267,8 @@ def _training_flags(parser: argparse.ArgumentParser) -> None:
         help="judge as the released code does, for comparison with the paper only: the hold-out is read with training "
              "augmentation, and the test set, read after every epoch, chooses model_test_best.pth; in evaluation "
              "(dynamic) thresholds are fitted on the augmented hold-out")
+    add("--freeze_backbone", action="store_true",
+        help="train the exits only: all else keeps its weights and its batch-norm statistics")
     add("--optimizer", choices=("sgd", "rmsprop", "adam"), default="sgd", help="torch.optim's (default: %(default)s)")
     add("--lr_f", "--lr", "--learning-rate", type=positive, default=0.1, metavar="X",
         help="learning rate at the start (default: %(default)s)")

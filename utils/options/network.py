@@ -1,7 +1,9 @@
 """What a network is, besides its weights."""
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,6 +15,36 @@ from utils.options.catalog import ARCHITECTURES, LEAST_SIDE, METHODS, STEMS, fam
 
 # A mistyped number of blocks should be an error, not a machine that swaps. The largest published network has 160.
 MAX_LAYERS = 1000
+
+
+class OwnNetwork(str):
+    """--arch FILE.py:FUNCTION. As text it is the name that checkpoints and results have, without the folder of the file.
+
+    Args:
+        text: as given on the command line.
+    Attributes:
+        file: path of the file.
+        function: name of the function in it that makes the network.
+    """
+
+    FORM = re.compile(r"(.*\.py):([^\W\d]\w*)", re.DOTALL)
+
+    def __new__(cls, text: str) -> OwnNetwork:
+        file, function = cls.FORM.fullmatch(text).groups()
+        made = super().__new__(cls, f"{Path(file).name}:{function}")
+        made.file, made.function = file, function
+        return made
+
+    def file_hash(self) -> str:
+        """SHA-256 (hex) of the file.
+
+        Raises:
+            UserError: when it cannot be read.
+        """
+        try:
+            return hashlib.sha256(Path(self.file).read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"--arch {self.file}:{self.function}: the file cannot be read: {error.strerror}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +59,7 @@ class NetworkSpec:
         method: training method, which decides whether the exits are boosted.
         temperatures: t_n, one for all exits, two that are interpolated, or one per exit; 0 where exits predict alone.
         trainable_ensemble: whether gradients flow through the earlier exits' sum.
+        file_hash: of a person's own network, SHA-256 (hex) of the file whose code makes it.
     """
 
     arch: str
@@ -50,13 +83,15 @@ class NetworkSpec:
     method: str
     temperatures: list[float]
     trainable_ensemble: bool = False
+    file_hash: str | None = None
 
     @classmethod
     def from_args(cls, args: Namespace) -> NetworkSpec:
         """The network of a parsed command line whose number of classes is known."""
         temperatures = args.ensemble_reweight if METHODS[args.method].boosted else [0.0]
         return cls(**{name: getattr(args, name) for name in ARCHITECTURE}, method=args.method, temperatures=list(temperatures),
-                   trainable_ensemble=args.trainable_ensemble)
+                   trainable_ensemble=args.trainable_ensemble,
+                   file_hash=args.arch.file_hash() if isinstance(args.arch, OwnNetwork) else None)
 
     @classmethod
     def from_checkpoint(cls, saved: Mapping[str, Any], source: str | Path) -> NetworkSpec:
@@ -68,15 +103,17 @@ class NetworkSpec:
         if "architecture" not in saved:
             raise UserError(f"{source} holds weights only, nothing about its network; expected a checkpoint of a training run "
                             "here")
-        stored = {"stem": stem_of(saved["architecture"]), **saved["architecture"], "method": saved["method"],
+        stored = {"stem": stem_of(saved["architecture"]), "file_hash": None, **saved["architecture"], "method": saved["method"],
                   "temperatures": saved["temperatures"], "trainable_ensemble": saved["trainable_ensemble"]}
         kinds = {field.name: field.type for field in fields(cls)}
         wrong = [name for name, kind in kinds.items() if name not in stored or not _IS[kind](stored[name])]
         wrong += [name for name in stored if name not in kinds]
         if not wrong:
             spec = cls(**stored)
-            wrong = [name for name, unusable in (("arch", spec.arch not in ARCHITECTURES), ("stem", spec.stem not in STEMS),
-                                                 ("method", spec.method not in METHODS),
+            is_own = OwnNetwork.FORM.fullmatch(spec.arch) is not None
+            wrong = [name for name, unusable in (("arch", not is_own and spec.arch not in ARCHITECTURES),
+                                                 ("file_hash", is_own != (spec.file_hash is not None)),
+                                                 ("stem", spec.stem not in STEMS), ("method", spec.method not in METHODS),
                                                  ("nBlocks", n_layers(spec) > MAX_LAYERS)) if unusable]
         if wrong:
             value = stored.get(wrong[0], "missing")
@@ -85,8 +122,20 @@ class NetworkSpec:
 
     def to_checkpoint(self) -> dict[str, Any]:
         """Entries of a checkpoint, the inverse of `from_checkpoint`."""
-        stored = asdict(self)
-        return {"architecture": {name: stored.pop(name) for name in ARCHITECTURE}, **stored}
+        stored, file_hash = {**asdict(self), "arch": str(self.arch)}, {}
+        if (value := stored.pop("file_hash")) is not None:
+            file_hash["file_hash"] = value
+        return {"architecture": {name: stored.pop(name) for name in ARCHITECTURE} | file_hash, **stored}
+
+    def made_by(self, arch: str | None, source: str | Path) -> NetworkSpec:
+        """The same network with --arch in place of the name in its checkpoint, which of a person's own does not say where it is.
+
+        Raises:
+            UserError: when they are not the same.
+        """
+        if arch is not None and arch != self.arch:
+            raise UserError(f"{source} was trained with --arch {self.arch}, but the command line says {arch}")
+        return self if arch is None else replace(self, arch=arch)
 
     def with_temperatures(self, temperatures: tuple[float, ...]) -> NetworkSpec:
         """The same network with these temperatures."""
@@ -102,12 +151,13 @@ def _is_finite(value: Any) -> bool:
 
 
 # What a value of each kind of field has to be in a checkpoint.
-_IS = {"str": lambda value: isinstance(value, str), "bool": lambda value: isinstance(value, bool), "int": _is_size,
-       "float": _is_finite, "list[int]": lambda value: isinstance(value, list) and value != [] and all(map(_is_size, value)),
+_IS = {"str": lambda value: isinstance(value, str), "str | None": lambda value: value is None or isinstance(value, str),
+       "bool": lambda value: isinstance(value, bool), "int": _is_size, "float": _is_finite,
+       "list[int]": lambda value: isinstance(value, list) and value != [] and all(map(_is_size, value)),
        "list[float]": lambda value: isinstance(value, list) and value != [] and all(map(_is_finite, value))}
 
 ARCHITECTURE = tuple(field.name for field in fields(NetworkSpec)
-                     if field.name not in ("method", "temperatures", "trainable_ensemble"))
+                     if field.name not in ("method", "temperatures", "trainable_ensemble", "file_hash"))
 # The flags that describe the network; the data set settles the other two.
 NETWORK = tuple(name for name in ARCHITECTURE if name not in ("num_classes", "image_size"))
 

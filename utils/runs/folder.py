@@ -189,5 +189,5 @@ def _warn_of_tensorboard(error: Exception) -> None:
 
 def plain(config: dict[str, Any]) -> dict[str, Any]:
     """Flags as plain types that JSON and `weights_only` checkpoints can hold."""
-    return {name: value if isinstance(value, (int, float, str, bool, list, type(None))) else str(value)
+    return {name: value if isinstance(value, (int, float, bool, list, type(None))) else str(value)
             for name, value in config.items() if name != "explicit"}

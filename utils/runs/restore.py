@@ -8,27 +8,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import models
 from models import BoostedNet, build_backbone, expand_temperatures
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.data.split import Split
 from utils.options.catalog import METHODS
-from utils.options.network import NetworkSpec
+from utils.options.network import NetworkSpec, OwnNetwork
 from utils.runs.checkpoint import load_weights
 from utils.runs.foreign import read_file
 
 INDEX = "index.pth"   # an order of all training images, the last of which are held out, as programs of this family store it
 
 
-def build_model(spec: NetworkSpec) -> BoostedNet:
+def build_model(spec: NetworkSpec, backbone: nn.Module | None = None) -> BoostedNet:
     """The network of a specification, with new weights. Exits that predict alone are boosted ones with temperature 0.
 
+    Args:
+        backbone: to take in place of the specification's.
     Raises:
         UserError: when there is no such network.
     """
     try:
-        backbone, wrapper = build_backbone(spec), METHODS[spec.method].wrapper
+        backbone, wrapper = build_backbone(spec) if backbone is None else backbone, METHODS[spec.method].wrapper
         network = getattr(models, wrapper)(backbone) if wrapper else backbone
         return BoostedNet(network, expand_temperatures(spec.temperatures, network.n_exits), spec.trainable_ensemble)
     except ValueError as error:
@@ -37,7 +41,9 @@ def build_model(spec: NetworkSpec) -> BoostedNet:
 
 def spec_of(args: argparse.Namespace, saved: dict[str, Any]) -> NetworkSpec:
     """The network of a checkpoint: what the file says, or the flags where it says nothing about itself."""
-    return NetworkSpec.from_checkpoint(saved, args.evaluate_from) if "architecture" in saved else NetworkSpec.from_args(args)
+    if "architecture" not in saved:
+        return NetworkSpec.from_args(args)
+    return NetworkSpec.from_checkpoint(saved, args.evaluate_from).made_by(args.arch, args.evaluate_from)
 
 
 def describe(spec: NetworkSpec, model: BoostedNet, data, *, dataset: str, seed: int) -> dict[str, Any]:
@@ -69,6 +75,7 @@ def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
     if "architecture" not in saved:
         return None
     spec = NetworkSpec.from_checkpoint(saved, args.evaluate_from)
+    warn_of_changed_file(args.arch, spec, args.evaluate_from)
     split = stored_split(saved)
     stored = {**spec.to_checkpoint()["architecture"], "dataset": saved["dataset"], "method": saved["method"],
               "trainable_ensemble": saved["trainable_ensemble"]}
@@ -81,7 +88,8 @@ def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
         if name in args.explicit and getattr(args, name) != value:
             raise UserError(f"{args.evaluate_from} was trained with {name} {_show(value)}, but the command line says "
                             f"{_show(getattr(args, name))}; leave that flag out")
-        setattr(args, name, value)
+        if name not in args.explicit:
+            setattr(args, name, value)
     _take_over_temperatures(args, saved["temperatures"])
     if args.use_valid and not holds_out:
         raise UserError(f"{args.evaluate_from} was trained without a hold-out; --use-valid does not fit it")
@@ -137,13 +145,36 @@ def _take_over_temperatures(args: argparse.Namespace, stored: list[float]) -> No
     args.ensemble_reweight = stored
 
 
-def restore(spec: NetworkSpec, saved: dict[str, Any], source: str | Path) -> BoostedNet:
+def warn_of_changed_file(arch: str | None, spec: NetworkSpec, source: str | Path) -> None:
+    """Warn where the file of a person's own network, named by --arch, is not what it was when the network was trained."""
+    if isinstance(arch, OwnNetwork) and arch == spec.arch and arch.file_hash() != spec.file_hash:
+        _warn("%s has changed since %s was trained; where it makes another network now, what comes out is not what was trained",
+              arch.file, source)
+
+
+def require_same_file(spec: NetworkSpec, saved: dict[str, Any], folder: str) -> None:
+    """Refuse to go on with a run when the file of a person's own network is not what it was.
+
+    Raises:
+        UserError: naming the file.
+    """
+    if spec.file_hash != saved["architecture"].get("file_hash"):
+        raise UserError(f"the run in {folder} cannot be resumed: {spec.arch.file} has changed since it began; put it back as it "
+                        "was, or give another --result_dir for a new run")
+
+
+def restore(spec: NetworkSpec, saved: dict[str, Any], source: str | Path, backbone: nn.Module | None = None) -> BoostedNet:
     """The network of a checkpoint, with its weights.
 
+    Args:
+        backbone: to put them into, in place of the one that the specification makes.
     Raises:
         UserError: when the weights are another network's.
     """
-    model = build_model(spec)
+    if backbone is not None and getattr(backbone, "n_exits", None) != len(spec.temperatures):
+        raise UserError(f"{source} is of a network with {len(spec.temperatures)} exits; {type(backbone).__name__} has "
+                        f"{getattr(backbone, 'n_exits', 'none')}")
+    model = build_model(spec, backbone)
     load_weights(model.backbone, saved["state_dict"], source)
     return model
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models import BoostedNet
+from models import Backbone, BoostedNet
 from op_counter import measure_model
 from utils import __version__
 from utils.core import distributed
@@ -61,6 +61,20 @@ def require_statistics(method: Method, data) -> None:
         return
     with statistics_needed(), suppress(RuntimeError):   # of networks that do not run without values; training will find out
         copy.deepcopy(backbone).to("meta").train()(torch.empty(1, 3, data.image_size, data.image_size, device="meta"))
+
+
+def freeze_backbone(model: BoostedNet) -> None:
+    """Let training change the exits of a network only, see `Backbone.freeze`.
+
+    Raises:
+        UserError: when the backbone does not say what its exits are.
+    """
+    backbone = model.backbone
+    exits = [name for name, _ in backbone.named_parameters() if name.split(".")[0] in getattr(backbone, "exit_names", ())]
+    if not isinstance(backbone, Backbone) or not exits:
+        raise UserError(f"--freeze_backbone: {type(backbone).__name__} does not say which of its parts are exits; derive it from "
+                        "models.Backbone, with `exit_names`")
+    backbone.freeze()
 
 
 def introduce(args: argparse.Namespace, data, model: BoostedNet, device: torch.device) -> None:
