@@ -131,6 +131,17 @@ def test_epoch_continues_at_any_batch_and_repeats_when_iterated_again(tmp_path):
         assert all(torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in zip(first, again, strict=True))
 
 
+def test_what_is_left_of_an_epoch_keeps_the_weight_of_every_batch(tmp_path):
+    """A resumed run of several processes, whose last batch is not shared evenly."""
+    make_folder(tmp_path)
+    for rank, last in ((0, 2 / 3), (1, 4 / 3)):   # 15 images in global batches of 4, the last of which has 3
+        data = open_folder(tmp_path, batch_size=2, rank=rank, world=2, use_valid=True, valid_size=3)
+        for first in range(5):
+            rest = list(data.train(1, first_batch=first))
+            assert [batch.share for batch in rest] == pytest.approx([1, 1, 1, last][first:])
+            assert [len(batch.labels) for batch in rest] == [2, 2, 2, 1 + rank][first:]
+
+
 def test_reading_batches_leaves_the_global_random_state_alone(tmp_path):
     make_folder(tmp_path)
     state = torch.get_rng_state()

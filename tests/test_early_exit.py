@@ -18,7 +18,7 @@ from dataloader import build_data
 from models import BoostedNet, MSDNet, RANet
 from op_counter import measure_model
 from utils.data.split import Split
-from utils.evaluation.early_exit import Exits
+from utils.evaluation.early_exit import Exits, _Deadline
 from utils.evaluation.fast_form import FORMS, load_model, prepare_for_inference
 
 ROUNDING = 1e-6   # a confidence this close to a threshold may lie on either side of it in a batch of another size
@@ -61,14 +61,14 @@ def images():
 def everything(model: BoostedNet, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Confidence and prediction (n_exits, N) of all exits."""
     with torch.inference_mode():
-        probabilities = torch.stack([scores.float() for scores in model(images)]).softmax(dim=2)
+        probabilities = torch.stack([scores.float() for scores in model(images)]).softmax(dim=2).cpu()
     return probabilities.amax(dim=2).numpy(), probabilities.argmax(dim=2).numpy()
 
 
 def assert_as_simulated(results: Exits, confidence: np.ndarray, prediction: np.ndarray, thresholds, rounding: float = ROUNDING,
                         ) -> int:
     """Compare with the simulation; returns how many samples differ because a confidence meets its threshold by rounding."""
-    thresholds = np.asarray(thresholds)
+    thresholds, results = np.asarray(thresholds), Exits(*(column.cpu() for column in results))
     n = len(results.exit)
     expected, samples = exit_index(confidence[:, :n], thresholds), np.arange(n)
     differs = (results.exit.numpy() != expected) | (results.prediction.numpy() != prediction[expected, samples])
@@ -196,6 +196,52 @@ def test_a_deadline_stops_between_two_steps(model, images, monkeypatch):
     step = model.backbone.step
     monkeypatch.setattr(model.backbone, "step", lambda n, state: (time.sleep(0.4 * (n == 1)), step(n, state))[1])
     assert run(images[:1], deadline_ms=300).exit.tolist() == [1]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("form", ["plain", "growing", "folded"])
+def test_a_deadline_leaves_what_the_simulation_of_the_steps_before_it_says(model, images, form, device, monkeypatch):
+    """On a GPU the clock has to include what the device has not done yet when the host asks; on the CPU it is moved by hand."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)   # whose roundings differ from batch size to batch size
+    on_device = copy.deepcopy(model).to(device)
+    ready, x = on_device if form == "plain" else prepare_for_inference(on_device, form), images.to(device)
+    confidence, prediction = everything(ready, x)
+    thresholds = quantile_thresholds(confidence, 0.3)
+    run, nobody = EarlyExit(ready, thresholds), EarlyExit(ready, [np.inf] * model.n_exits)
+    step, slow, now = ready.backbone.step, 0, [0.0]
+
+    def delayed(n, state):
+        if n == slow and device == "cuda":
+            torch.cuda._sleep(3 * 10**9)   # cycles, above a second; the host does not wait
+        now[0] += n == slow
+        return step(n, state)
+
+    run(x), nobody(x)   # libraries are loaded at the first call
+    assert int(run(x, deadline_ms=1e9).exit.max()) == model.n_exits - 1
+    monkeypatch.setattr(ready.backbone, "step", delayed)
+    if device == "cpu":
+        monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    for slow in (0, 1, model.n_exits - 2):
+        results = run(x, deadline_ms=700)
+        assert int(results.exit.max()) == slow
+        assert_as_simulated(results, confidence[:slow + 1], prediction, [*thresholds[:slow], -np.inf], rounding=1e-5)
+        assert nobody(x, deadline_ms=700).exit.tolist() == [slow] * N
+
+
+def test_the_clock_of_a_deadline_waits_for_the_device_once_a_step(monkeypatch):
+    waits, now = [], [0.0]
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    device = torch.device("cuda")
+    deadline = _Deadline(5, device)
+    assert not deadline.passed() and waits == [device]
+    deadline.waited()   # by reading confidences
+    assert not deadline.passed() and len(waits) == 1
+    now[0] = 0.0049
+    assert not deadline.passed() and len(waits) == 2   # what was begun since then
+    now[0] = 0.005
+    assert deadline.passed() and len(waits) == 3
+    assert not _Deadline(None, device).passed() and not _Deadline(6, torch.device("cpu")).passed() and len(waits) == 3
 
 
 @pytest.mark.parametrize("form", ["plain", "growing", "folded"])
