@@ -27,13 +27,13 @@ from utils.training.optim import build_optimizer
 
 # Flags of a run for every method; {joint} and {boost} are finished runs. Batches of 13: the last of 40 images is alone.
 SETUPS = {
-    "l2w": "--method l2w --meta_interval 2 --meta_net_hidden_size 8 --lr-type cosine",
+    "l2w": "--method l2w --meta_interval 2 --meta_net_hidden_size 8 --lr-type cosine --nesterov --ema 0.9",
     "boost_l2w": "--method boost_l2w --meta_net_hidden_size 8 --meta_net_input_type both --constraint_dimension row "
                  "--batch-size 13",
-    "local error": "--method block_losses --overlap 1 --distill_weight 0.3",
+    "local error": "--method block_losses --overlap 1 --distill_weight 0.3 --ema 0.9 --nesterov --label_smoothing 0.1",
     "taught blocks": "--method block_losses --groups 2 --distill_weight 0.5 --teacher {boost}/model_best.pth",
     "boost_distill": "--method boost_distill --loss_equal",
-    "imta": "--method imta --checkpoint {joint}/model_best.pth --batch-size 13",
+    "imta": "--method imta --checkpoint {joint}/model_best.pth --batch-size 13 --ema 0.9",
 }
 
 
