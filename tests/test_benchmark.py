@@ -51,18 +51,63 @@ def test_compare_uses_results_of_the_same_machine_only(name, value, capsys):
     assert "nothing to compare with" in capsys.readouterr().out
 
 
-def test_early_exit_and_the_full_networks_are_timed_in_the_same_way(monkeypatch, tmp_path, capsys):
-    """Each after an untimed pass of its own, and by the name of the form that was used."""
-    monkeypatch.setitem(early_exit.NETWORKS, "msdnet10", lambda: MSDNet(n_blocks=2, n_channels=4, base=1, step=1))
-    calls, seconds, exit_times = [], early_exit._seconds, early_exit.exit_times
+@pytest.fixture
+def tiny_networks(monkeypatch):
+    for name in early_exit.NETWORKS:
+        monkeypatch.setitem(early_exit.NETWORKS, name, lambda: MSDNet(n_blocks=2, n_channels=4, base=1, step=1))
+
+
+def test_early_exit_and_the_whole_network_are_timed_in_turn_on_both_runtimes(tiny_networks, monkeypatch, tmp_path, capsys):
+    """Each after an untimed pass of its own, and against the fastest of the whole networks of that batch size."""
+    monkeypatch.setattr(early_exit, "use_all_cores", lambda threads: None)   # once for a process, which other tests share
+    exported, export = [], early_exit._export   # the two networks are equal here
+
+    def export_once(*of):
+        exported.extend([] if exported else [export(*of)])
+        return exported[0]
+
+    monkeypatch.setattr(early_exit, "_export", export_once)
+    calls, seconds = [], early_exit._seconds
     monkeypatch.setattr(early_exit, "_seconds", lambda device, call, x: calls.append(call) or seconds(device, call, x))
-    monkeypatch.setattr(early_exit, "exit_times", lambda model, x: calls.append(early_exit.exit_times) or exit_times(model, x))
     file = tmp_path / "speed.jsonl"
-    line = f"early_exit --device cpu --images 6 --batch-sizes 3 --budgets 0.1,0.8 --repeats 2 --json {file}"
+    line = f"early_exit --device cpu --threads 1 --images 20 --batch-sizes 10,1 --budgets 0.6,0.8 --repeats 2 --json {file}"
     assert benchmark.main(line.split()) == 0
     kinds = [list(dict.fromkeys(calls)).index(call) for call in calls]
-    assert kinds == 2 * [kind for kind in range(4) for _ in range(2 * 2)]   # two batches in two passes, in two repeats
-    assert all(json.loads(line)["config"]["form"] == "growing" for line in file.read_text().splitlines())
+    one_network = [kind for batches in (2, 20) for _ in range(2) for kind in range(7) for _ in range(2 * batches)]
+    assert kinds == one_network + [7 + kind for kind in one_network]
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["config"]["network"] for line in lines] == ["msdnet10"] * 14 + ["ranet8"] * 14
+    for table in (lines[i:i + 7] for i in range(0, 28, 7)):
+        assert [line["name"] for line in table] == [
+            *(f"all exits, {way}" for way in ("PyTorch eager", "PyTorch", "ONNX")),
+            *(f"early exit at {budget}, {way}" for budget in (0.6, 0.8) for way in ("PyTorch", "ONNX"))]
+        fastest = max(table[:3], key=lambda line: line["median"])
+        assert fastest["ratio"] == 1 and {line["fastest"] for line in table} == {fastest["name"]}
+        for line in table[3:]:
+            assert line["ratio without losses"] > 0 and line["MACs share"] == pytest.approx(line["budget"], abs=0.05)
+        assert all(("p99 ms" in line) == (table[0]["config"]["batch size"] == 1) for line in table)
+    printed = capsys.readouterr().out
+    assert printed.count("ms per image of every step, ONNX: ") == 4 and printed.count("p50 ms  p95 ms  p99 ms") == 2
+
+
+def test_without_onnx_early_exit_is_measured_on_pytorch_alone(tiny_networks, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    line = "early_exit --device cpu --network ranet8 --images 2 --batch-sizes 2 --budgets 0.7 --repeats 1"
+    assert benchmark.main(line.split()) == 0
+    printed = capsys.readouterr().out
+    assert "without ONNX: ONNX needs onnxruntime: pip install" in printed and "early exit at 0.7, PyTorch" in printed
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--budgets 0.7 --openvino", "--openvino needs OpenVINO: pip install"),
+    ("--budgets 0.001", "--budgets 0.001: the first exit of msdnet10"),
+    ("--budgets 0", "above 0"), ("--network vgg", "unknown network 'vgg'")])
+def test_mistakes_in_the_flags_of_early_exit_end_with_one_line(flags, message, tiny_networks, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["early_exit", "--device", "cpu", *flags.split()])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
 
 
 def test_the_first_call_is_not_timed():

@@ -1,22 +1,29 @@
-"""Early exit against running everything: shares of MACs and of time, images/s, latency of single images."""
+"""Early exit against the whole network, on PyTorch and on ONNX Runtime: images/s, and the latency of single images."""
 from __future__ import annotations
 
+import tempfile
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from adaptive_inference import exit_shares, fit_thresholds, solve_exit_rate
-from models import BoostedNet, MSDNet, RANet
+from models import Backbone, BoostedNet, MSDNet, RANet
 from op_counter import measure_model
 from utils.benchmarks.measure import Measurement, count
+from utils.benchmarks.openvino import PRECISIONS, OpenVinoPrograms, require_openvino
+from utils.core.errors import UserError
+from utils.core.log import say
 from utils.core.tables import format_table
-from utils.evaluation.early_exit import SIZES_PER_DOUBLING, EarlyExit
-from utils.evaluation.fast_form import FORMS, default_form, exit_times, load_model, prepare_for_inference
+from utils.evaluation.fast_form import FORMS, default_form, load_model
+from utils.evaluation.onnx_exit import OnnxPrograms, has_shared_pool, use_all_cores
+from utils.evaluation.programs import require_onnx, write_folder
+from utils.evaluation.runtime import OnnxRuntime, Runtime, TorchRuntime
 from utils.options.parser import list_of, number
 
 # The paper's networks for anytime prediction on CIFAR-100.
@@ -25,94 +32,218 @@ NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
     "ranet8": lambda: RANet(n_blocks=2, n_channels=16, step=4, scale_list=[1, 2, 3, 3], gr_factor=[4, 2, 1, 1],
                             bn_factor=[4, 2, 1, 1]),
 }
-SHARES = ("MACs share", "predicted", "realised")
+PERCENTILES = (50, 95, 99)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--network", choices=NETWORKS, default="msdnet10", help="with weights drawn at random")
+    parser.add_argument("--network", type=list_of(network, ",", "msdnet10,ranet8"), default=list(NETWORKS), metavar="NAME[,NAME]",
+                        help=f"{' and '.join(NETWORKS)}, with weights drawn at random (default: both)")
     parser.add_argument("--checkpoint", metavar="FILE", help="a trained network instead; it classifies noise all the same")
-    parser.add_argument("--form", choices=("plain", *FORMS), help="default: growing on the CPU, folded on a GPU")
+    parser.add_argument("--form", choices=FORMS, help="of PyTorch's network; default: growing on the CPU, folded on a GPU")
     parser.add_argument("--batch-sizes", type=list_of(count, ",", "1,64"), default="1,8,64,256", metavar="N[,N]")
-    parser.add_argument("--budgets", type=list_of(share, ",", "0.1,0.8"), default="0.1,0.275,0.45,0.625,0.8", metavar="X[,X]",
-                        help="shares of the way from the cost of the first exit to that of the last (default: %(default)s)")
+    parser.add_argument("--budgets", type=list_of(share, ",", "0.2,0.8"), default="0.2,0.35,0.5,0.65,0.8", metavar="X[,X]",
+                        help="shares of the MACs of the whole network (default: %(default)s)")
     parser.add_argument("--images", type=count, default=256, help="classified per repeat and batch size (default: %(default)s)")
-    parser.add_argument("--sizes-per-doubling", type=int, choices=(0, 1, 2, 4, 8, 16), default=SIZES_PER_DOUBLING,
-                        help="sizes a batch may shrink to, between a number and its double; 0 allows every size (default: "
-                             "%(default)s)")
+    parser.add_argument("--openvino", action="store_true", help="run the ONNX programs on OpenVINO too, where it is installed")
+
+
+def network(text: str) -> str:
+    if text not in NETWORKS:
+        raise ArgumentTypeError(f"unknown network {text!r}; choose from {', '.join(NETWORKS)}")
+    return text
 
 
 def share(text: str) -> float:
     value = number(text)
-    if not 0 <= value <= 1:
-        raise ArgumentTypeError(f"must be from 0 to 1, got {text}")
+    if not 0 < value <= 1:
+        raise ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
     return value
+
+
+class Way(NamedTuple):
+    """A way to run a network.
+
+    Attributes:
+        full: runs all exits on a batch of images.
+        runtime: runs early exit; None where there is none.
+        in_steps: whether `runtime.exit_times` is the time of `full` in parts.
+    """
+
+    full: Callable[[Tensor], Any]
+    runtime: Runtime | None = None
+    in_steps: bool = True
+
+
+class Variant(NamedTuple):
+    """What is timed: a way to run the network, with all exits or (with a budget, a share of all MACs) with early exit."""
+
+    way: str
+    call: Callable[[Tensor], Any]
+    budget: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{'all exits' if self.budget is None else f'early exit at {self.budget:g}'}, {self.way}"
 
 
 def run(args: Namespace, device: torch.device) -> list[Measurement]:
     """Thresholds are fitted on the very images that are classified, so that the shares come out as prescribed."""
-    name, model, side = _network(args, device)
-    ready = model if args.form == "plain" else prepare_for_inference(model, args.form)
-    macs = np.asarray(measure_model(model, side, side)[0], np.float64)
-    images = torch.randn(args.images, 3, side, side, generator=torch.Generator().manual_seed(1)).to(device)
-    confidence = _confidence(ready, images)
-    runners = {}
-    for fraction in args.budgets:
-        shares = exit_shares(solve_exit_rate(macs, macs[0] + fraction * (macs[-1] - macs[0])), len(macs))
-        runners[fraction] = EarlyExit(ready, fit_thresholds(confidence, shares),
-                                      sizes_per_doubling=args.sizes_per_doubling or None)
-    results = []
-    for size in args.batch_sizes:
-        config = {"network": name, "form": args.form or default_form(model), "images": args.images, "batch size": size}
-        results += _measure(model, ready, runners, macs, images.split(size), args.repeats, config)
+    networks, results = list(_networks(args, device)), []
+    for network_ in networks:
+        least = network_.macs[0] / network_.macs[-1]
+        if min(args.budgets) < least:
+            raise UserError(f"--budgets {min(args.budgets):g}: the first exit of {network_.name} alone takes {least:.3g} of all "
+                            "MACs")
+    with tempfile.TemporaryDirectory() as folder:
+        for network_, ways in zip(networks, _ways(networks, args, device, Path(folder))):
+            images = torch.randn(args.images, 3, network_.side, network_.side, generator=torch.Generator().manual_seed(1))
+            images = images.to(device)
+            variants = [Variant(name, way.full) for name, way in ways.items()] + _early(network_, ways, args.budgets, images)
+            for size in args.batch_sizes:
+                config = {"network": network_.name, "form": args.form or default_form(network_.model), "images": args.images,
+                          "batch size": size}
+                results += _measure(variants, ways, network_.macs, images.split(size), args.repeats, config)
     return results
 
 
-def _network(args: Namespace, device: torch.device) -> tuple[str, BoostedNet, int]:
-    """Name, network in eval mode, side of its images."""
+class Network(NamedTuple):
+    """A network in eval mode, the side of its images and the (n_exits,) MACs of its exits."""
+
+    name: str
+    model: BoostedNet
+    side: int
+    macs: np.ndarray
+
+
+def _networks(args: Namespace, device: torch.device) -> Iterator[Network]:
     if args.checkpoint:
         model, saved = load_model(args.checkpoint)
-        return args.checkpoint, model.to(device).eval(), saved["architecture"]["image_size"]
-    torch.manual_seed(0)
-    backbone = NETWORKS[args.network]()
-    backbone.train()
-    with torch.no_grad():   # statistics as after training: every feature of mean 0 and variance 1
-        for _ in range(10):
-            backbone(torch.randn(64, 3, 32, 32))
-    return args.network, BoostedNet(backbone, [0.5] * backbone.n_exits).to(device).eval(), 32
+        side = saved["architecture"]["image_size"]
+        yield Network(args.checkpoint, model.to(device), side, np.asarray(measure_model(model, side, side)[0], np.float64))
+        return
+    for name in args.network:
+        torch.manual_seed(0)
+        backbone = NETWORKS[name]()
+        backbone.train()
+        with torch.no_grad():   # statistics as after training: every feature of mean 0 and variance 1
+            for _ in range(10):
+                backbone(torch.randn(64, 3, 32, 32))
+        model = BoostedNet(backbone, [0.5] * backbone.n_exits).to(device).eval()
+        yield Network(name, model, 32, np.asarray(measure_model(model, 32, 32)[0], np.float64))
+
+
+def _ways(networks: Sequence[Network], args: Namespace, device: torch.device, folder: Path) -> list[dict[str, Way]]:
+    """For each network all ways to run it here; a line for each way that cannot be had."""
+    threads, ways = torch.get_num_threads(), []
+    for network_ in networks:
+        ready = TorchRuntime(network_.model, form=args.form)
+        ways.append({"PyTorch eager": Way(network_.model), "PyTorch": Way(ready.network, ready)})
+    try:
+        if device.type != "cpu":
+            raise UserError("ONNX Runtime is measured on the CPU only")
+        require_onnx()
+    except UserError as error:
+        say(f"without ONNX: {error}")
+        return ways
+    if args.openvino:
+        require_openvino()
+    say("exporting all exits, and all of them in one file")
+    exported = [_export(network_, folder / str(i)) for i, network_ in enumerate(networks)]
+    # Both ways of `OnnxPrograms` to use the cores. After `use_all_cores` ONNX Runtime gives no program a thread of its own.
+    in_slices = ([] if threads == 1 or has_shared_pool() else
+                 [_on_programs(*(OnnxPrograms(part, threads) for part in parts), in_steps=False) for parts in exported])
+    use_all_cores(threads)
+    for i, (found, parts) in enumerate(zip(ways, exported)):
+        found["ONNX"] = _on_programs(*map(OnnxPrograms, parts))
+        if in_slices:
+            found["ONNX in slices"] = in_slices[i]
+        if args.openvino:
+            for precision in PRECISIONS:
+                found[f"OpenVINO {precision}"] = _on_programs(*(OpenVinoPrograms(part, threads, precision) for part in parts))
+    return ways
+
+
+def _export(network_: Network, folder: Path) -> tuple[Path, Path]:
+    """Folders of ONNX programs: one per exit, and all exits in one."""
+    about = {"architecture": {"arch": network_.name, "image_size": network_.side, "num_classes": 0}, "method": "boost",
+             "dataset": "cifar100"}
+    parts = {folder / "steps": network_.model, folder / "whole": BoostedNet(_OneStep(network_.model), [1.0])}
+    for target, model in parts.items():
+        for _ in write_folder(model, about, [], target, "onnx"):
+            pass
+    steps, whole = parts
+    return steps, whole
+
+
+class _OneStep(Backbone):
+    """All exits of a network as one step, whose logits are the predictions of the last exit."""
+
+    n_exits = 1
+
+    def __init__(self, model: BoostedNet) -> None:
+        super().__init__()
+        self.model = model
+
+    def start(self, x: Tensor) -> Tensor:
+        return x
+
+    def step(self, n: int, state: Tensor) -> tuple[Tensor, None]:
+        return self.model(state)[-1], None
+
+
+def _on_programs(steps: OnnxPrograms, whole: OnnxPrograms, *, in_steps: bool = True) -> Way:
+    return Way(lambda images: whole.in_slices(lambda part: whole.step(0, [part]), images.numpy()), OnnxRuntime(steps), in_steps)
+
+
+def _early(network_: Network, ways: dict[str, Way], budgets: Sequence[float], images: Tensor) -> list[Variant]:
+    """Early exit at every budget, in every way that has it."""
+    early = []
+    certainty = {name: _certainty(way.runtime, images) for name, way in ways.items() if way.runtime}
+    for budget in budgets:
+        shares = exit_shares(solve_exit_rate(network_.macs, budget * network_.macs[-1]), len(network_.macs))
+        for name, of_way in certainty.items():
+            early.append(Variant(name, ways[name].runtime.early_exit(fit_thresholds(of_way, shares)), budget))
+    return early
 
 
 @torch.inference_mode()
-def _confidence(model: BoostedNet, images: Tensor) -> Tensor:
-    """(n_exits, N) float32."""
-    return torch.cat([torch.stack([p.float() for p in model(part)]).softmax(dim=2).amax(dim=2) for part in images.split(64)],
-                     dim=1)
+def _certainty(runtime: Runtime, images: Tensor) -> Tensor:
+    """(n_exits, N) float32, what is held against thresholds."""
+    return torch.cat([runtime.measure(torch.stack(list(runtime.network(part)))) for part in images.split(64)], dim=1).cpu()
 
 
-def _measure(model: BoostedNet, ready: BoostedNet, runners: dict[float, EarlyExit], macs: np.ndarray,
-             batches: Sequence[Tensor], repeats: int, config: dict[str, Any]) -> list[Measurement]:
+def _measure(variants: Sequence[Variant], ways: dict[str, Way], macs: np.ndarray, batches: Sequence[Tensor], repeats: int,
+             config: dict[str, Any]) -> list[Measurement]:
     """Everything in every repeat, in turn, so that a slow moment of the machine meets all alike."""
     device, n_images = batches[0].device, sum(map(len, batches))
-    plain_s, exits_s, latencies, shares = [], [], {f: [] for f in runners}, {}
-    for fraction, runner in runners.items():
-        left_at = torch.cat([runner(x).exit for x in batches])
-        shares[fraction] = torch.bincount(left_at, minlength=len(macs)).double().cpu().numpy() / n_images
+    seconds: dict[str, list[list[float]]] = {variant.name: [] for variant in variants}   # of every batch in every repeat
+    steps = {name: way.runtime.exit_times for name, way in ways.items() if way.runtime and way.in_steps}
+    steps_s: dict[str, list[np.ndarray]] = {way: [] for way in steps}
     for _ in range(repeats):
-        plain_s.append(sum(_second_pass(lambda x: _seconds(device, model, x), batches)))
-        exits_s.append(np.sum(_second_pass(lambda x: exit_times(ready, x), batches), axis=0))
-        for fraction, runner in runners.items():
-            latencies[fraction].append(_second_pass(lambda x, runner=runner: _seconds(device, runner, x), batches))
-    cumulative = np.median(np.cumsum(exits_s, axis=1), axis=0)
-    results = [Measurement("full network, plain", tuple(n_images / np.asarray(plain_s)), "images/s", config),
-               Measurement("full network, this form", tuple(n_images / np.sum(exits_s, axis=1)), "images/s", config,
-                           {"speed-up": float(np.median(plain_s) / cumulative[-1]), "step_ms": _milliseconds(exits_s)})]
-    for fraction, seconds in latencies.items():
-        totals = np.sum(seconds, axis=1)
-        details = {"MACs share": float(shares[fraction] @ macs / macs[-1]),
-                   "predicted": float(shares[fraction] @ cumulative / cumulative[-1]),
-                   "realised": float(np.median(totals) / cumulative[-1]), "exit share": shares[fraction].tolist()}
+        for variant in variants:
+            seconds[variant.name].append(_second_pass(lambda x, call=variant.call: _seconds(device, call, x), batches))
+        for way, exit_times in steps.items():
+            steps_s[way].append(np.sum(_second_pass(exit_times, batches), axis=0))
+    totals = {name: np.sum(found, axis=1) for name, found in seconds.items()}
+    # OpenVINO is no requirement, and thus not what others are held against.
+    whole = [v.name for v in variants if v.budget is None and not v.way.startswith("OpenVINO")]
+    fastest = min(whole, key=lambda name: float(np.median(totals[name])))
+    results = []
+    for variant in variants:
+        total, details = totals[variant.name], {"way": variant.way, "budget": variant.budget, "fastest": fastest}
+        details["ratio"] = float(np.median(totals[fastest] / total))
+        if variant.budget is not None:
+            exits = torch.cat([variant.call(x).exit for x in batches])
+            left = np.bincount(exits.cpu().numpy(), minlength=len(macs)) / n_images
+            details |= {"MACs share": float(left @ macs / macs[-1]), "exit share": left.tolist()}
+            if variant.way in steps:
+                predicted = np.cumsum(steps_s[variant.way], axis=1) @ left
+                details["ratio without losses"] = float(np.median(totals[fastest] / predicted))
+        elif variant.way in steps:
+            details["step_ms"] = (1e3 * np.median(steps_s[variant.way], axis=0) / n_images).tolist()
         if config["batch size"] == 1:
-            details |= {f"p{q} ms": float(np.percentile(seconds, q) * 1e3) for q in (50, 95, 99)}
-        results.append(Measurement(f"budget M1 + {fraction:g} (MN - M1)", tuple(n_images / totals), "images/s", config, details))
+            details |= {f"p{q} ms": float(np.percentile(seconds[variant.name], q) * 1e3) for q in PERCENTILES}
+        results.append(Measurement(variant.name, tuple(n_images / total), "images/s", config, details))
     return results
 
 
@@ -123,10 +254,6 @@ def _second_pass(timed: Callable[[Tensor], Any], batches: Sequence[Tensor]) -> l
     for x in batches:
         timed(x)
     return [timed(x) for x in batches]
-
-
-def _milliseconds(exits_s: Sequence[np.ndarray]) -> list[float]:
-    return (1e3 * np.median(exits_s, axis=0)).tolist()
 
 
 @torch.inference_mode()
@@ -141,21 +268,24 @@ def _seconds(device: torch.device, call: Callable[[Tensor], Any], x: Tensor) -> 
 
 
 def report(lines: Sequence[dict[str, Any]], where: str) -> str:
-    """One table per batch size."""
-    tables = []
-    for size in dict.fromkeys(line["config"]["batch size"] for line in lines):
-        part = [line for line in lines if line["config"]["batch size"] == size]
-        config = part[0]["config"]
-        percentiles = [key for key in part[-1] if key.startswith("p") and key.endswith(" ms")]
-        rows = []
-        for line in part:
-            shares = [f"{line[key]:.3f}" if key in line else "" for key in SHARES]
-            ratio = f"{line['realised'] / line['predicted']:.2f}" if "realised" in line else ""
-            speed_up = f" (x{line['speed-up']:.2f})" if "speed-up" in line else ""
-            rows.append([line["name"] + speed_up, *shares, ratio, f"{line['median']:.0f}",
-                         *(f"{line[key]:.2f}" if key in line else "" for key in percentiles)])
-        tables.append(format_table(
-            ["", *SHARES, "real./pred.", "images/s", *percentiles], rows,
-            title=f"{config['network']} in batches of {size}, form {config['form']}, {config['images']} images, medians of "
-                  f"{part[0]['n']}; {where}"))
-    return "\n\n".join(tables)
+    """One table per network and batch size."""
+    def key(line: dict[str, Any]) -> tuple[str, int]:
+        return line["config"]["network"], line["config"]["batch size"]
+
+    return "\n\n".join(_table([line for line in lines if key(line) == one], where) for one in dict.fromkeys(map(key, lines)))
+
+
+def _table(lines: Sequence[dict[str, Any]], where: str) -> str:
+    config = lines[0]["config"]
+    title = (f"{config['network']} in batches of {config['batch size']}, {config['images']} images, PyTorch in its "
+             f"{config['form']} form, medians of {lines[0]['n']}; {where}\nratio: to {lines[0]['fastest']}; without losses: if a "
+             "row cost the same in a batch of any size and leaving cost nothing")
+    percentiles = [name for name in lines[0] if name.startswith("p") and name.endswith(" ms")]
+    formats = {"MACs share": ".3f", "median": ".0f", "ratio": ".2f", "ratio without losses": ".2f",
+               **dict.fromkeys(percentiles, ".2f")}
+    rows = [[line["name"], *(format(line[column], form) if column in line else "" for column, form in formats.items())]
+            for line in lines]
+    steps = [f"ms per image of every step, {line['way']}: {' '.join(f'{ms:.3g}' for ms in line['step_ms'])}"
+             for line in lines if "step_ms" in line]
+    columns = ["", "MACs share", "images/s", "ratio", "without losses", *percentiles]
+    return "\n".join([format_table(columns, rows, title), *steps])

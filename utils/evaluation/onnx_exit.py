@@ -95,7 +95,7 @@ class OnnxPrograms:
     def __init__(self, folder: str | Path, threads: int | None = None) -> None:
         folder = Path(folder)
         self.about = read_about(folder)
-        self.shares_pool = _shared_pool_threads is not None
+        self.shares_pool = has_shared_pool()
         self._sessions = []
         for name in self.about["steps"]:
             path = folder / name
@@ -134,13 +134,13 @@ class OnnxPrograms:
             raise UserError(f"images have the shape {'x'.join(map(str, images.shape))}, expected (B, 3, {side}, {side})")
         return np.ascontiguousarray(images, np.float32)
 
-    def in_slices(self, run: Callable[[np.ndarray], OnnxExits], images: np.ndarray) -> OnnxExits:
-        """`run(images)`, in slices where sessions have one thread each and the batch is large enough."""
+    def in_slices(self, run: Callable[[np.ndarray], Sequence[np.ndarray]], images: np.ndarray) -> Sequence[np.ndarray]:
+        """`run(images)`, arrays of one row per image, in slices where sessions have one thread each and the batch is large."""
         if self._pool is None or len(images) <= SLICE:
             return run(images)
         size = min(max(SLICE, -(-len(images) // self.n_threads)), LARGEST_SLICE)
         parts = list(self._pool.map(run, [images[i:i + size] for i in range(0, len(images), size)]))
-        return OnnxExits(*(np.concatenate(column) for column in zip(*parts)))
+        return [np.concatenate(column) for column in zip(*parts)]
 
 
 class OnnxEarlyExit:
@@ -202,7 +202,7 @@ class OnnxEarlyExit:
         if max_cost is not None:
             last = max([0, *(n for n, cost in enumerate(self.costs) if cost <= max_cost)])
         end = math.inf if deadline_ms is None else time.perf_counter() + deadline_ms / 1e3
-        return self.programs.in_slices(lambda part: self._run(part, last, end), images)
+        return OnnxExits(*self.programs.in_slices(lambda part: self._run(part, last, end), images))
 
     def _run(self, images: np.ndarray, last: int, end: float) -> OnnxExits:
         n_rows = len(images)
@@ -243,7 +243,7 @@ _shared_pool_threads: int | None = None   # set by `use_all_cores`
 def use_all_cores(threads: int) -> None:
     """Let all programs that are loaded from now on share one pool of `threads` threads; for a program that owns its process.
 
-    It must come before the first program is loaded, and once; a second call changes nothing.
+    It counts once; a second call changes nothing. Programs that were loaded before keep their own thread.
     """
     global _shared_pool_threads
     if _shared_pool_threads is None:
@@ -251,12 +251,17 @@ def use_all_cores(threads: int) -> None:
         _shared_pool_threads = threads
 
 
+def has_shared_pool() -> bool:
+    """Whether `use_all_cores` has been called, after which ONNX Runtime gives no program a thread of its own."""
+    return _shared_pool_threads is not None
+
+
 def open_session(program: str | bytes) -> Any:
     """A session of a program, a file or its content: on the shared pool of threads where there is one, else with one thread."""
     runtime = _runtime()
     options = runtime.SessionOptions()
     options.log_severity_level = 3
-    if _shared_pool_threads is not None:
+    if has_shared_pool():
         options.use_per_session_threads = False
     else:
         options.intra_op_num_threads = options.inter_op_num_threads = 1

@@ -40,10 +40,10 @@ class Runtime(Protocol):
 
 
 class TorchRuntime:
-    """The network's form for inference (`prepare_for_inference`)."""
+    """A form of the network for inference, see `prepare_for_inference`."""
 
-    def __init__(self, model: BoostedNet, policy: str = "confidence") -> None:
-        self.network, self.measure = prepare_for_inference(model), MEASURES[policy]
+    def __init__(self, model: BoostedNet, policy: str = "confidence", form: str | None = None) -> None:
+        self.network, self.measure = prepare_for_inference(model, form), MEASURES[policy]
 
     def early_exit(self, thresholds: np.ndarray, calibration: Sequence[float] | None = None) -> Callable[[Tensor], Exits]:
         return EarlyExit(self.network, thresholds, measure=self.measure, calibration=calibration)
@@ -53,11 +53,11 @@ class TorchRuntime:
 
 
 class OnnxRuntime:
-    """Its ONNX programs, with all cores of the process."""
+    """Its ONNX programs."""
 
-    def __init__(self, folder: Path, policy: str = "confidence") -> None:
-        self.programs, self.policy = OnnxPrograms(folder), policy
-        self.network, self.measure = _AllExits(self.programs), MEASURES[policy]
+    def __init__(self, programs: OnnxPrograms, policy: str = "confidence") -> None:
+        self.programs, self.policy = programs, policy
+        self.network, self.measure = _AllExits(programs), MEASURES[policy]
 
     def early_exit(self, thresholds: np.ndarray, calibration: Sequence[float] | None = None) -> Callable[[Tensor], Exits]:
         early_exit = OnnxEarlyExit(self.programs, thresholds, measure=self.policy, calibration=calibration)
@@ -106,4 +106,4 @@ def open_runtime(name: str, model: BoostedNet, saved: dict[str, Any], folder: Pa
         say(f"exporting {model.n_exits} exits to {programs}, once")
         for _ in write_folder(model, saved, [], programs, "onnx"):
             pass
-    return OnnxRuntime(programs, policy)
+    return OnnxRuntime(OnnxPrograms(programs), policy)
