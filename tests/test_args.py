@@ -42,7 +42,8 @@ FLAGS = """
 --meta_interval --meta_lr --meta_net_hidden_size --meta_net_input_type --meta_net_num_layers --meta_weight_decay
 --method --momentum --nBlocks --nChannels --nesterov --new_classifier --optimizer --overlap --paper_protocol --policy
 --predictions
---print-freq --prune --publish --reduction --result_dir --resume --runtime --save_every_minutes --save_suffix --scale-list --seed
+--print-freq --prune --publish --publish_details --reduction --result_dir --resume --runtime --save_every_minutes --save_suffix
+--scale-list --seed
 --skip_unreadable --start-epoch --stem --step --stepmode --sweep --target_p_index --teacher --tensorboard_dir --threads
 --thresholds --trainable_ensemble --use-valid --val_workers --valid_size --warmup_epochs --wd --weight-decay --workers -h -p
 """
@@ -66,7 +67,8 @@ DEFAULTS = dict(
     evaluate_from=None, evalmode="anytime", ensemble=None, policy="confidence", budget=None, cost="macs",
     images=None, runtime="torch",
     predictions=None, sweep=None,
-    flat_curve=False, publish=None, save_suffix="", thresholds="geometric", max_drop=None, confidence_level=0.95, calibrate=False,
+    flat_curve=False, publish=None, publish_details=False,
+    save_suffix="", thresholds="geometric", max_drop=None, confidence_level=0.95, calibrate=False,
     distributed=False, dist_backend=None, local_rank=0,
 )
 
@@ -415,7 +417,8 @@ def test_the_table_of_effects_is_of_all_flags():
     of_one_task = {task: {name for name, effect in EFFECTS.items() if set(effect) == {task}} for task in (TRAINING, EVALUATION)}
     assert of_one_task[EVALUATION] == set("evaluate_from evalmode budget ensemble policy cost images runtime predictions "
                                           "thresholds max_drop "
-                                          "confidence_level calibrate sweep flat_curve publish save_suffix".split())
+                                          "confidence_level calibrate sweep flat_curve publish publish_details "
+                                          "save_suffix".split())
     assert of_one_task[TRAINING] == set(
         "tensorboard_dir resume checkpoint new_classifier deterministic print_freq save_every_minutes epochs start_epoch "
         "freeze_backbone images_per_class optimizer lr_f lr_type lr_milestones decay_rate momentum weight_decay amp "

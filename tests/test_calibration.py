@@ -15,10 +15,11 @@ import eval_cifar100
 import train_cifar100
 from adaptive_inference import EarlyExit, exit_index
 from dataloader import build_data
-from utils import export
+from utils import export, publish
 from utils.data.split import Split
 from utils.evaluation import calibration as calibration_module
 from utils.evaluation import confidence as policies
+from utils.evaluation import published
 from utils.evaluation.calibration import fit_temperatures, predict_hold_out
 from utils.evaluation.fast_form import load_model
 from utils.evaluation.onnx_exit import OnnxEarlyExit, OnnxPrograms
@@ -173,6 +174,33 @@ def test_anytime_evaluation_reports_reliability_and_leaves_its_other_files_alone
             assert found["nll"][n] == pytest.approx(loss.item(), rel=1e-5)
     assert plain["ideal"] == scaled["ideal"] and len(plain["bins"]) == 2
     assert contents(run / "reliability.json")["ece"] == plain["ece"]   # as training left it
+
+
+def test_published_arrays_keep_details_on_request(images, run, tmp_path, capsys):
+    for mode in ("anytime", "dynamic"):
+        assert evaluate(images, run, "--evalmode", mode, "--publish", tmp_path / "boost", "--publish_details") == 0
+    kept = {path.name for path in (tmp_path / "boost").iterdir()}
+    assert "reliability.json" in kept
+    about, parts = published.load_arrays(tmp_path / "boost" / "arrays_dynamic.npz")
+    model, saved = load_model(tmp_path / "boost" / "model_dynamic.pth")
+    data = build_data(dataset="folder", data_root=images, split=Split.from_dict(saved["split"]), quiet=True)
+    for name, batches in (("valid", data.valid()), ("test", data.test())):
+        expected = predict(model, batches, details=True)
+        assert np.allclose(parts[name].confidence, expected.confidence, atol=1e-6)
+        for detail, values in expected.details._asdict().items():
+            assert np.allclose(parts[name].details[detail], values, atol=1e-5), detail
+    stated = contents(tmp_path / "boost" / "reliability.json")
+    test = published.load_arrays(tmp_path / "boost" / "arrays_anytime.npz")[1]["test"]
+    assert stated["nll"] == pytest.approx((-test.details["log_likelihood"].mean(axis=1)).tolist(), rel=1e-5)
+    capsys.readouterr()
+    assert publish.main([str(tmp_path / "boost"), "--scores"]) == 0
+    table = capsys.readouterr().out
+    assert "| network, thresholds | margin | entropy |" in table and table.count("| boost, ") == 2
+    assert {path.name for path in (tmp_path / "boost").iterdir()} == kept
+    old = Path(__file__).parent.parent / "published" / "cifar100_small" / "msdnet_joint"
+    assert published.load_arrays(old / "arrays_dynamic.npz")[1]["test"].details is None
+    assert "--publish_details" in tiny.one_line_error(capsys, lambda: publish.main([str(old), "--scores"]))
+    assert "not a file of published arrays" in tiny.one_line_error(capsys, lambda: publish.main([str(tmp_path), "--scores"]))
 
 
 def test_thresholds_are_of_calibrated_confidences_and_lie_beside_the_others(images, run, tmp_path):

@@ -293,3 +293,77 @@ def test_a_backend_of_a_notebook_that_is_not_installed_here_is_no_obstacle():
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True,
                           timeout=120, env={**os.environ, "MPLBACKEND": "inline"})
     assert (done.returncode, done.stdout) == (0, "inline\n"), done.stderr
+
+
+# Reliability, and the ideal score
+
+def write_reliability(folder, *, calibration=None, weights_hash="w", n_exits=3, **more):
+    bins = [{"confidence": [0.2, 0.5 + 0.1 * n], "accuracy": [0.1, 0.9], "share": [0.5, 0.5]} for n in range(n_exits)]
+    content = {"format": 1, "name": folder.name, "arch": "msdnet_ge", "method": "boost", "dataset": "cifar100", "n_test": 10_000,
+               "config": {}, "macs": MACS[:n_exits], "ece": [0.1, 0.056, 0.3][:n_exits], "bins": bins,
+               "weights_hash": weights_hash, "ideal": {"top1": 80.0, "mean_macs": 12e6},
+               **({"calibration": calibration} if calibration else {}), **more}
+    (folder / f"reliability{'_calibrated' if calibration else ''}.json").write_text(json.dumps(content))
+
+
+def test_reliability_is_drawn_on_request_and_where_exits_were_calibrated(tmp_path, drawn):
+    run = write_run(tmp_path / "run")
+    with pytest.raises(UserError, match="anytime evaluation writes one"):
+        plots.plot_runs([run], reliability=True)
+    write_reliability(run)
+    plots.plot_runs([run])
+    assert drawn.keys() == {"anytime", "budgeted"}
+    plots.plot_runs([run], reliability=True)
+    assert len(drawn.pop("reliability").axes[1].lines) == 2   # and the diagonal
+    write_reliability(run, calibration=[1.5, 1.5, 1.5])
+    plots.plot_runs([run])
+    axes = drawn["reliability"].axes
+    assert [panel.get_title() for panel in axes] == ["exit 1", "exit 2", "exit 3"]
+    _, plain, scaled = axes[1].lines
+    assert plain.get_xydata().tolist() == scaled.get_xydata().tolist() == [[0.2, 0.1], [0.6, 0.9]]
+    assert (plain.get_linestyle(), scaled.get_linestyle()) == ("-", "--") and plain.get_color() == scaled.get_color()
+    assert scaled.get_label() == "BoostNet, MSDNet, calibrated"
+    assert [text.get_text() for text in axes[1].texts] == ["ECE 5.6, 5.6 %"]
+
+
+def test_runs_with_few_exits_and_many_share_the_panels(tmp_path, drawn):
+    runs = [write_run(tmp_path / "few"), write_run(tmp_path / "many", method="joint")]
+    write_reliability(runs[0], n_exits=2)
+    write_reliability(runs[1], weights_hash="v", method="joint", ece=[0.1] * 7, macs=list(range(1, 8)),
+                      bins=[{"confidence": [0.5], "accuracy": [0.5], "share": [1.0]}] * 7)
+    plots.plot_runs(runs, reliability=True)
+    axes = drawn["reliability"].axes
+    assert [len(panel.lines) for panel in axes] == [3, 3, *[2] * 5, 0, 0, 0]
+    assert [len(panel.texts) for panel in axes[:3]] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("change", [{"ece": [0.1]}, {"bins": []}, {"macs": None}, {"ideal": None}, {"calibration": ["x"]},
+                                    {"bins": [{"confidence": [0.5], "accuracy": [0.5, 0.6], "share": [1.0]}] * 3}])
+def test_damaged_reliability_ends_with_one_line(tmp_path, change):
+    run = write_run(tmp_path / "run")
+    write_reliability(run, **change)
+    with pytest.raises(UserError, match="json is damaged"):
+        plots.plot_runs([run], reliability=True)
+
+
+def test_the_ideal_score_is_that_of_the_curves_weights(tmp_path, drawn):
+    run = write_run(tmp_path / "run", weights_hash="w")
+    write_run(run, anytime=False, weights_hash="w", family="optimised", suffix="_optimised")
+    with pytest.raises(UserError, match="evaluate the same checkpoint with --evalmode anytime"):
+        plots.plot_runs([run], ideal=True)
+    write_reliability(run, weights_hash="v")   # of other weights
+    with pytest.raises(UserError, match="says nothing of single test images"):
+        plots.plot_runs([run], ideal=True)
+    write_reliability(run, weights_hash="w")
+    plots.plot_runs([run], ideal=True, paper="none")
+    stars = [line for line in drawn["budgeted"].axes[0].lines if line.get_marker() == "*"]
+    assert [star.get_xydata().tolist() for star in stars] == [[[12, 80]]]   # once for both curves
+    assert stars[0].get_label() == "ideal score, BoostNet, MSDNet, eq. 9"
+
+
+def test_the_ideal_score_of_published_arrays_needs_no_other_file(tmp_path, drawn):
+    folder = Path(__file__).parent.parent / "published" / "cifar100_small" / "msdnet_joint"
+    plots.plot_runs([folder], tmp_path, ideal=True)
+    star, = (line for line in drawn["budgeted"].axes[0].lines if line.get_label().startswith("ideal score"))
+    top1, exits = star.get_ydata()[0], json.loads((folder / "dynamic.json").read_text())["points"]
+    assert max(point["test_top1"] for point in exits) + 5 < top1 < 100

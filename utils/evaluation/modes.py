@@ -57,7 +57,8 @@ def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torc
     # The latest epoch is taken whatever the hold-out says, also where it happens to be the best one.
     chosen = "hold-out" in (about["epoch_kind"] or "") and Path(args.evaluate_from).name != LATEST
     if args.publish:
-        publish(model, saved, data, folder, about=about, source=source, dynamic=args.evalmode == "dynamic")
+        publish(model, saved, data, folder, about=about, source=source, dynamic=args.evalmode == "dynamic",
+                details=args.publish_details)
     elif args.evalmode == "realtime":
         runtime = open_runtime(args.runtime, model, {**about, "architecture": about["config"], **saved}, source, args.policy)
         evaluate_realtime(runtime, data, folder, about=about | {"runtime": args.runtime}, budgets=args.budget, cost=args.cost,

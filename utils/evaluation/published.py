@@ -5,7 +5,9 @@
     python -m utils.publish published/boost       # writes the curves anew: neither data, network nor weights are needed
 
 The first command writes model_anytime.pth, arrays_anytime.npz and anytime.json, the second model_dynamic.pth,
-arrays_dynamic.npz, dynamic.json and dynamic_released.json. All figures are those of the half-precision weights.
+arrays_dynamic.npz, dynamic.json and dynamic_released.json. All figures are those of the half-precision weights. With
+--publish_details the arrays also hold predicted class, margin, entropy, log-probability of the true class and sum of squared
+probabilities; the first command then writes reliability.json too, and `python -m utils.publish --scores` compares scores.
 
 Confidences are stored as the float32 numbers that they are, so that thresholds fitted on them hold for the network itself.
 Half precision, which older files have, makes those above 1 - 2^-12 equal: they leave together and miss the budget.
@@ -39,7 +41,8 @@ from utils.evaluation.operating_points import (
     require_hold_out,
     warn_of_missed_budgets,
 )
-from utils.evaluation.predict import Predictions, predict
+from utils.evaluation.predict import Details, Predictions, predict
+from utils.evaluation.reliability import ideal_score, reliability
 from utils.evaluation.thresholds import describe_gain, optimised_curve
 from utils.options.parser import rising
 from utils.runs import checkpoint
@@ -47,7 +50,7 @@ from utils.runs.folder import SPLIT
 from utils.runs.result_files import RESULTS, averaged_words
 
 KINDS = ("anytime", "dynamic")
-CURVES = ("anytime", "dynamic", "dynamic_released", "dynamic_optimised")   # files that are drawn from the arrays
+CURVES = ("anytime", "reliability", "dynamic", "dynamic_released", "dynamic_optimised")   # files that are drawn from the arrays
 FILES = {RESULTS, *(f"{name}.json" for name in CURVES),
          *(name.format(kind) for name, kind in product(("model_{}.pth", "arrays_{}.npz"), KINDS))}
 # Flags that say where things lie on the machine of the run.
@@ -60,14 +63,17 @@ class Arrays(NamedTuple):
     Attributes:
         confidence: (n_exits, N) float32.
         correct: (n_exits, N) bool.
+        details: arrays (n_exits, N) under the names of `utils.evaluation.predict.Details`; None where they were not kept.
     """
 
     confidence: np.ndarray
     correct: np.ndarray
+    details: dict[str, np.ndarray] | None = None
 
     @classmethod
     def of(cls, found: Predictions) -> Arrays:
-        return cls(found.confidence.numpy(), found.correct.numpy())
+        details = found.details and {name: part.numpy() for name, part in found.details._asdict().items()}
+        return cls(found.confidence.numpy(), found.correct.numpy(), details)
 
     @property
     def top1(self) -> list[float]:
@@ -81,7 +87,7 @@ def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, about: dict[str, Any], source: Path,
-            dynamic: bool) -> None:
+            dynamic: bool, details: bool = False) -> None:
     """Write all that is published of a checkpoint, and print what half precision changes.
 
     Args:
@@ -90,6 +96,7 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
         about: from `utils.evaluation.modes.header`.
         source: folder of the run, with its results.json.
         dynamic: budgeted batch with hold-out and released sweep, in place of anytime prediction.
+        details: keep what `Arrays` calls details.
     Raises:
         UserError: for a checkpoint without its network's description, thresholds to be fitted with nothing held out, or a folder
             with files of something else.
@@ -107,8 +114,10 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
     content = {name: value for name, value in saved.items() if name != "training"}
     content["state_dict"] = half(model.backbone.state_dict())
     model.backbone.load_state_dict(content["state_dict"])
-    rounded = predict(model, data.test())
-    parts = {"test": Arrays.of(rounded)} | ({"valid": Arrays.of(predict(model, data.valid()))} if dynamic else {})
+    rounded = predict(model, data.test(), details=details)
+    parts = {"test": Arrays.of(rounded)}
+    if dynamic:
+        parts["valid"] = Arrays.of(predict(model, data.valid(), details=details))
     about = {**about, **{f"n_{name}": part.correct.shape[1] for name, part in parts.items()},
              "weights_hash": checkpoint.hash_weights(content["state_dict"]),   # of those that are published
              "precision": "half", "confidence_type": CONFIDENCE_TYPE, "top5": rounded.top5.tolist(),
@@ -180,6 +189,8 @@ def save_arrays(path: Path, about: dict[str, Any], parts: dict[str, Arrays]) -> 
     arrays = {"about": np.array(json.dumps(about))}
     for name, part in parts.items():
         arrays |= {f"{name}_confidence": part.confidence, f"{name}_correct": np.packbits(part.correct, axis=1)}
+        for detail, values in (part.details or {}).items():
+            arrays[f"{name}_{detail}"] = values.astype(np.uint16) if detail == "prediction" else values
     with atomic_write(path) as file:
         np.savez_compressed(file, **arrays)
 
@@ -197,7 +208,8 @@ def load_arrays(path: Path) -> tuple[dict[str, Any], dict[str, Arrays]]:
                 if f"{name}_confidence" in file:
                     confidence = file[f"{name}_confidence"].astype(np.float32)   # older files have float16
                     correct = np.unpackbits(file[f"{name}_correct"], axis=1, count=confidence.shape[1]).astype(bool)
-                    parts[name] = Arrays(confidence, correct)
+                    details = {detail: file[f"{name}_{detail}"] for detail in Details._fields if f"{name}_{detail}" in file}
+                    parts[name] = Arrays(confidence, correct, details if len(details) == len(Details._fields) else None)
         return about, parts
     except Exception as error:   # zipfile, NumPy and json have a dozen ways to say it
         raise UserError(f"{path} is not a file of published arrays: {error}") from error
@@ -239,7 +251,7 @@ def redraw(folder: Path, kind: str, *, optimised: bool = False) -> list[Path]:
     path = folder / f"arrays_{kind}.npz"
     about, parts = load_arrays(path)
     needed = {"test"} if kind == "anytime" else {"test", "valid"}
-    n_exits = {len(part) for arrays in parts.values() for part in arrays}
+    n_exits = {len(part) for arrays in parts.values() for part in (*arrays[:2], *(arrays.details or {}).values())}
     macs = about.get("macs")
     drawable = misfit(macs, [float]) is None and all(step > 0 for step in rising(macs)) and n_exits == {len(macs)}
     if parts.keys() != needed or not drawable or "top5" not in about:
@@ -248,8 +260,10 @@ def redraw(folder: Path, kind: str, *, optimised: bool = False) -> list[Path]:
     top5 = about.pop("top5")
     if kind == "anytime":
         curves = {"anytime": {**about, "top1": test.top1, "top5": top5}}
+        if test.details:
+            curves["reliability"] = {**about, **reliability(*test), "ideal": ideal_score(test.correct, macs)}
     else:
-        both = (*parts["valid"], *test, about["macs"])
+        both = (*parts["valid"][:2], *test[:2], macs)
         fitted = budget_curve(*both)
         optimised = optimised or (folder / "dynamic_optimised.json").exists()   # which must not be of other weights
         chosen = optimised_curve(*both) if optimised else None

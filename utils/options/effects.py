@@ -109,6 +109,7 @@ EFFECTS: dict[str, Effect] = {
     "sweep": _evaluation(**_MACS_ONLY),
     "flat_curve": _evaluation(**_MACS_ONLY),
     "publish": _evaluation(evalmode=("anytime", "dynamic")),
+    "publish_details": _evaluation(publish=True),
     "save_suffix": _evaluation(publish=False),
 }
 

@@ -34,7 +34,7 @@ FREE_ON_RESUME = frozenset((
     "workers", "val_workers", "device", "gpu", "threads", "deterministic", "print_freq", "save_every_minutes",
     "skip_unreadable", "distributed", "dist_backend", "local_rank", "bnAfter", "evaluate_from", "evalmode", "ensemble",
     "policy", "budget", "cost", "images", "runtime", "predictions", "thresholds", "max_drop", "confidence_level", "calibrate",
-    "sweep", "flat_curve", "publish", "save_suffix",
+    "sweep", "flat_curve", "publish", "publish_details", "save_suffix",
 ))
 
 # What a run did whose version did not know the flag yet, where that is not the default now.
@@ -355,6 +355,9 @@ def _evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add("--publish", type=written_path, metavar="DIR",
         help="anytime, dynamic: write the network in half precision, its curves and the arrays behind them to DIR; "
              "python -m utils.publish DIR draws the curves again")
+    add("--publish_details", action="store_true",
+        help="with --publish: keep in the arrays also predicted class, margin, entropy, log-probability of the true class and "
+             "sum of squared probabilities")
     add("--save_suffix", type=suffix, default="", metavar="TEXT", help="appended to the names of the result files")
 
 

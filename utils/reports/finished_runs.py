@@ -35,7 +35,10 @@ POINT = {"budget": (float, None), "valid_mean_macs": float, "valid_top1": float,
 MODES = {"anytime": {**EVALUATION, "top1": [float]},
          "dynamic": {**EVALUATION, "split_hash": (str, None), "flat": bool, "family": tuple(FAMILIES), "points": [POINT]}}
 OLDER_EVALUATION = {"ensemble": None, "policy": "confidence", "temperatures": [], "epoch": None, "epoch_kind": None,
-                    "ema": None, "split_hash": None}
+                    "ema": None, "split_hash": None, "calibration": None, "weights_hash": None}
+RELIABILITY = "reliability"
+DIAGRAM = {**EVALUATION, "ece": [float], "bins": [{"confidence": [float], "accuracy": [float], "share": [float]}],
+           "calibration": ([float], None), "weights_hash": (str, None), "ideal": {"top1": float, "mean_macs": float}}
 ON_TEST = "best on test set"   # the kind of epoch that nothing honest can be compared with
 
 
@@ -221,6 +224,23 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     results = [read_evaluation(path) for path in paths]
     suffixed = any("points" not in result and result["suffix"] and not result["ensemble"] for result in results)
     return [result for result in results if not suffixed or "points" in result or result["suffix"]]
+
+
+def read_reliability(folder: Path) -> list[dict[str, Any]]:
+    """The reliability*.json of a run, those without temperatures first; [] where there are none.
+
+    Raises:
+        UserError: when one is incomplete or something else.
+    """
+    results = []
+    for path in sorted(folder.glob(f"{RELIABILITY}*.json")):
+        content = read_json(path, DIAGRAM, OLDER_EVALUATION)
+        if not len(content["bins"]) == len(content["ece"]) == len(content["macs"]):
+            raise UserError(f"{path} is damaged: its exits are not those of macs")
+        if any(len({len(column) for column in bins.values()}) > 1 for bins in content["bins"]):
+            raise UserError(f"{path} is damaged: the bins of an exit have different numbers of entries")
+        results.append({**content, "name": content["name"] + path.stem.removeprefix(RELIABILITY)})
+    return sorted(results, key=lambda content: content["calibration"] is not None)
 
 
 def kinds_of_epoch(results: Sequence[dict[str, Any]]) -> list[str]:
