@@ -19,7 +19,8 @@ from utils.core.machine import choose_device
 from utils.core.rng import make_deterministic, seed_all
 from utils.core.signals import StopSignals
 from utils.evaluation.fast_form import load_teacher
-from utils.methods import build_method, require_one_process
+from utils.methods import build_method
+from utils.options.catalog import METHODS
 from utils.options.network import NetworkSpec
 from utils.runs.checkpoint import hash_weights
 from utils.runs.folder import claim, epochs_begun, find_run, start_run
@@ -48,7 +49,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(args: Namespace, device: torch.device, signals: StopSignals) -> int:
     """A whole run, or what is left of it, of this process or of all that `process_group` has joined; returns the exit code."""
-    require_one_process(args)
     with claim(args.result_dir):
         saved = find_run(args.result_dir, args.resume)
         note(choose_network(args, saved and saved["training"]["config"]))
@@ -80,14 +80,15 @@ def train(args: Namespace, device: torch.device, signals: StopSignals) -> int:
         teacher_hash = hash_weights(teacher.state_dict()) if teacher else None
         require_same_start(saved, data, model, teacher_hash)
         # What runs in training has the parameters of `model`, which is evaluated and saved.
-        network = wrap(training_forward(model, batch_size=args.batch_size, amp=args.amp, channels_last=args.channels_last,
-                                        compiled=args.compile, cuda_graphs=args.cuda_graphs), device)
-
+        network = training_forward(model, batch_size=args.batch_size, amp=args.amp, channels_last=args.channels_last,
+                                   compiled=args.compile, cuda_graphs=args.cuda_graphs)
         optimizer = build_optimizer(model.backbone, name=args.optimizer, lr=args.lr_f, momentum=args.momentum,
                                     weight_decay=args.weight_decay, nesterov=args.nesterov)
         schedule = Schedule(args.lr_type, args.lr_f, args.epochs, args.lr_milestones, args.decay_rate, args.lr_step,
                             args.warmup_epochs)
         method = build_method(args, model, optimizer, network=network, teacher=teacher)
+        # Not before: a method may need the network as it is without several processes.
+        method.network = wrap(network, device, averages=METHODS[args.method].one_call)
         require_statistics(method, data)
 
         run = start_run(args, data, device, saved)

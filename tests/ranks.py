@@ -7,36 +7,27 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tiny import signal_at_step
+
 import eval_imagenet
 import train_imagenet
-from models import grouped
 from utils.core import distributed
+from utils.core.errors import STOPPED
 from utils.evaluation import calibration
 from utils.evaluation import modes as evaluation
 from utils.training import trainer
 from utils.training.engine import EpochFigures
 
-own_normalisation, run_bottlenecks = nn.BatchNorm2d.forward, grouped.run_bottlenecks
-
-
-def fixed_normalisation(self: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """Normalise by the stored statistics, in training too, and leave them as they are.
-
-    On the CPU every process has statistics of its own images. Without them, several processes must compute what one does.
-    """
-    return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-
 
 def run_all(runs: list[dict], folder: Path) -> list[float]:
     """Do the runs one after the other; what `predict` returned in an evaluation is kept in FOLDER/<name>.pth.
 
-    Leaves `predict`, `run_bottlenecks` and batch normalisation patched.
+    A run with `stop_at` gets a signal at that step. Leaves `predict` patched.
 
     Returns:
         A sum over the statistics of the network of every validation during training.
@@ -51,12 +42,11 @@ def run_all(runs: list[dict], folder: Path) -> list[float]:
     evaluation.predict = calibration.predict = lambda *arguments, **more: seen.append(predict(*arguments, **more)) or seen[-1]
     for run in runs:
         seen.clear()
-        own = run.get("own_statistics")
-        nn.BatchNorm2d.forward = own_normalisation if own else fixed_normalisation
-        # Run together, bottlenecks do not call the forward of their normalisations.
-        grouped.run_bottlenecks = run_bottlenecks if own else lambda bottlenecks, x, *_: [b(x) for b in bottlenecks]
         script = {"train": train_imagenet, "eval": eval_imagenet}[run["script"]]
-        assert script.main(run["flags"]) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            if "stop_at" in run:
+                signal_at_step(patch, run["stop_at"])
+            assert script.main(run["flags"]) == (STOPPED if "stop_at" in run else 0)
         if run["script"] == "eval" and distributed.is_main():
             kept = [{**p._asdict(), "details": p.details and p.details._asdict()} for p in seen]
             torch.save(kept, folder / f"{run['name']}.pth")

@@ -14,7 +14,6 @@ import eval_cifar100
 import train_cifar100
 from adaptive_inference import EarlyExit
 from models import BoostedNet, CollaborativeNet, MSDNet, RANet, map_state
-from utils.core import distributed
 from utils.core.errors import STOPPED, UserError
 from utils.evaluation.fast_form import FORMS, prepare_for_inference
 from utils.methods import Method, build_method, imta, l2w
@@ -315,10 +314,10 @@ def test_the_trial_step_is_the_optimisers_own_next_step(nesterov):
 def test_meta_steps_come_every_so_many_batches_one_for_each_half(monkeypatch):
     model, (x, y), seen = network(boosted=True), batch(5), []
     method = l2w.SampleWeighting(model, still(model), meta_interval=3)
-    monkeypatch.setattr(method, "meta_step", lambda *parts: seen.append((method.batches, *(len(part) for part in parts))))
+    monkeypatch.setattr(method, "meta_step", lambda *halves: seen.append((method.batches, *(len(h.labels) for h in halves))))
     for _ in range(5):
         method.step(x, y)
-    assert seen == [(n, *sizes) for n in (0, 3) for sizes in ((2, 2, 3, 3), (3, 3, 2, 2))]
+    assert seen == [(n, *sizes) for n in (0, 3) for sizes in ((2, 3), (3, 2))]
     assert method.batches == 5 and method.step(x[:1], y[:1]).per_sample.shape == (3, 1)   # a single image needs no halves
     assert method.batches == 5 and len(seen) == 4
 
@@ -327,7 +326,7 @@ def test_a_meta_step_changes_the_weight_network_and_nothing_else():
     model, (x, y) = network(boosted=True), batch()
     method = l2w.SampleWeighting(model, torch.optim.SGD(model.parameters(), lr=0.1))
     before = copy.deepcopy((model.state_dict(), method.weight_net.state_dict()))
-    method.meta_step(x[:3], y[:3], x[3:], y[3:])
+    method.meta_step(l2w.Half(x[:3], y[:3], 1.0), l2w.Half(x[3:], y[3:], 1.0))
     assert not list(differences(model.state_dict(), before[0]))
     assert list(differences(method.weight_net.state_dict(), before[1]))
     assert all(p.grad is None for p in model.parameters())
@@ -488,15 +487,6 @@ def test_a_teacher_that_has_changed_ends_the_run_it_taught(images, finished, tmp
     teacher.write_bytes((finished("boost") / "model_best.pth").read_bytes())
     capsys.readouterr()
     assert "teacher_hash was" in one_line_error(capsys, lambda: train_cifar100.main([*line, "--resume"]))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_for_one_process_says_so_to_several(images, finished, tmp_path, capsys, monkeypatch, method):
-    monkeypatch.setattr("utils.methods.world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "differences", lambda _: {"seed": [0, 1]})   # ends the others a line later
-    more = {"block_losses": ["--overlap", "1"], "imta": ["--checkpoint", "x.pth"]}.get(method, [])
-    message = one_line_error(capsys, lambda: train_cifar100.main(command(images, tmp_path, "--method", method, *more)))
-    assert ("trains in one process only" in message) == (method in ("l2w", "boost_l2w", "block_losses", "imta"))
 
 
 def test_collaboration_refuses_batches_that_it_would_all_leave_out(capsys):

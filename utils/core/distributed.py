@@ -4,7 +4,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -93,20 +93,56 @@ def _was_launched() -> bool:
     return True
 
 
-def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """What to call for the training forward pass so that gradients are averaged over the processes.
+def wrap(model: nn.Module, device: torch.device, *, averages: bool = True) -> nn.Module:
+    """What to call for the training forward pass in several processes.
 
     On CUDA, batch normalisation takes its statistics over all processes; `model` itself is converted.
+
+    Args:
+        averages: a backward pass through the call averages the gradients over the processes, for which the call has to be the
+            only one of the step. Without it `average_gradients` is left to the caller.
     """
     if world_size() == 1:
         return model
     cuda = device.type == "cuda"
     if cuda:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if not averages:
+        return model
     # Layers that no exit reads (in networks of some depths) do no harm when they are looked for. Told instead that the graph
     # never changes, DDP would sort gradients into other buckets after its first step. A sum of three or more is rounded by its
     # place in the bucket, and so a resumed run would not have the bits of one that never stopped.
     return DistributedDataParallel(model, device_ids=[device.index] if cuda else None, find_unused_parameters=True)
+
+
+def is_averaged(network: nn.Module) -> bool:
+    """Whether a backward pass through this network averages the gradients (`wrap`)."""
+    return isinstance(network, DistributedDataParallel)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace gradients by their means over the processes, all of which have to call this with the same parameters.
+
+    A gradient that only some processes have is zero in the others. One that none has stays None, so that the optimiser leaves its
+    parameter alone. Frozen parameters are passed over.
+    """
+    if world_size() == 1:
+        return
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    missing = [i for i, parameter in enumerate(parameters) if parameter.grad is None]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    owners = gradients[0].new_ones(len(parameters))   # share of the processes that have the gradient
+    for i in missing:
+        owners[i] = 0
+    together = torch.cat([owners, *(gradient.flatten() for gradient in gradients)])
+    dist.all_reduce(together)
+    owners, *means = together.div_(world_size()).split([len(parameters), *map(torch.numel, parameters)])
+    # Only where one is missing here does this wait for the device, as DistributedDataParallel does.
+    owned = owners.tolist() if missing else [1.0] * len(parameters)
+    for parameter, mean, by_any in zip(parameters, means, owned):
+        if by_any:
+            parameter.grad = mean.view_as(parameter)
 
 
 def world_size() -> int:

@@ -42,6 +42,16 @@ class Plan:
         return Plan(self.index[start:stop], self.sizes[first:end], self.shares[first:end], self.n_dropped)
 
 
+def part_sizes(n: int, world: int) -> list[int]:
+    """How many of the n images of a global batch each of `world` processes gets; two of these differ by at most 1."""
+    return [(rank + 1) * n // world - rank * n // world for rank in range(world)]
+
+
+def global_batch_size(size: int, share: float, world: int) -> int:
+    """Images of a global batch, of which one process has `size` > 0 that weigh `share` (`Plan.shares`)."""
+    return round(size * world / share)
+
+
 def plan_training(samples: Tensor, *, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> Plan:
     """Shuffle `samples` (n,) and deal global batches of `batch_size * world` to the ranks in nearly equal shares.
 
@@ -55,7 +65,7 @@ def plan_training(samples: Tensor, *, batch_size: int, seed: int, epoch: int, ra
         if n < world:
             n_dropped = n
             continue
-        part = global_batch[rank * n // world : (rank + 1) * n // world]
+        part = global_batch.split(part_sizes(n, world))[rank]
         parts.append(part)
         sizes.append(len(part))
         shares.append(len(part) * world / n)

@@ -9,29 +9,16 @@ import torch
 from torch import nn
 
 from models import BoostedNet
-from utils.core.distributed import world_size
 from utils.core.errors import UserError
 from utils.methods.base import Method, Outcome
 from utils.options.catalog import METHODS
 
-__all__ = ["Method", "Outcome", "build_method", "method_class", "require_one_process"]
+__all__ = ["Method", "Outcome", "build_method", "method_class"]
 
 
 def method_class(name: str) -> type[Method]:
     """The class of a method of the catalog."""
     return pkgutil.resolve_name(f"{__name__}.{METHODS[name].implementation}")
-
-
-def require_one_process(args: argparse.Namespace) -> None:
-    """Refuse several processes to a method that cannot average its gradients over them.
-
-    Raises:
-        UserError: naming the methods that can.
-    """
-    if world_size() > 1 and not METHODS[args.method].one_call:
-        able = ", ".join(name for name, facts in METHODS.items() if facts.one_call)
-        raise UserError(f"--method {args.method} trains in one process only, this run has {world_size()}; start it without "
-                        f"torchrun, or choose one of {able}")
 
 
 def build_method(args: argparse.Namespace, model: BoostedNet, optimizer: torch.optim.Optimizer, *, network: nn.Module,

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from models import BoostedNet
+from utils.core import distributed
+from utils.core.errors import UserError
+from utils.data.sampling import global_batch_size, part_sizes
 from utils.methods.losses import ExitLosses, cross_entropies
 from utils.runs import checkpoint
 
@@ -34,12 +37,16 @@ class Method:
     With a boosted head that is BoostNet (arXiv:2211.16726, eq. 6), with every temperature 0 the joint baseline. Another method
     overrides `loss`, or `step` where a batch is more than one pass; docs/methods.md, "How to add a method".
 
+    In several processes every gradient is averaged over them before it is used. All processes have to take the same course in a
+    step, or they wait for each other for ever: what they do may depend on the size of the whole batch, never on that of their own
+    part or on what is in it.
+
     Args:
         model: the network in training.
         optimizer: over its parameters.
         network: what to call for predictions in training: another form of the model, with the same parameters and buffers
-            (`training_forward`), and for methods that catalog.METHODS says are one call also a wrapper around it
-            (DistributedDataParallel). Default: the model itself.
+            (`training_forward`). Default: the model itself. In several processes it is replaced by what
+            `distributed.wrap` returns.
         label_smoothing: of every cross entropy in training, see `losses.cross_entropies`.
         equalise: see `ExitLosses`.
     Attributes:
@@ -86,6 +93,8 @@ class Method:
         outcome = self.loss(images, labels, share)
         self.optimizer.zero_grad(set_to_none=True)
         self.backward(outcome.total)
+        if not distributed.is_averaged(self.network):
+            distributed.average_gradients(self.model.parameters())
         self.optimizer.step()
         return outcome
 
@@ -104,7 +113,7 @@ class Method:
         return cross_entropies(predictions, labels, self.label_smoothing)
 
     def backward(self, total: Tensor) -> None:
-        """Put the gradients of the loss into the parameters."""
+        """Put the gradients of this process's loss into the parameters."""
         total.backward()
 
     def state_dict(self) -> dict[str, Any]:
@@ -113,3 +122,26 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.objective.load_state_dict(state, next(self.model.parameters()).device)
+
+
+def parts_of_batch(labels: Tensor, share: float) -> list[int]:
+    """How many images of the global batch each process was given, where this one's labels (B,) weigh `share`.
+
+    The same in all processes, whatever part each of them has and could read.
+    """
+    world = distributed.world_size()
+    return part_sizes(global_batch_size(len(labels), share, world), world)
+
+
+def is_divisible(labels: Tensor, share: float) -> bool:
+    """Whether every process has at least two images in this step, labels (B,) here; the same answer in all of them.
+
+    Raises:
+        UserError: when all were given two, and this one could not read them: the others would wait for it.
+    """
+    if distributed.world_size() == 1:
+        return len(labels) > 1
+    divisible = min(parts_of_batch(labels, share)) > 1
+    if divisible and len(labels) < 2:
+        raise UserError("a process has a batch with a single image that can be read, see above; remove files that cannot")
+    return divisible

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models import BoostedNet
 from utils.core.errors import UserError
-from utils.methods.base import Method, Outcome
+from utils.methods.base import Method, Outcome, is_divisible
 from utils.methods.losses import divergence
 from utils.runs import checkpoint
 
@@ -23,7 +23,8 @@ class Collaboration(Method):
     distillation is as many times weaker as there are classes; and it goes on moving the batch-norm statistics of the frozen
     network, where here they stay as trained, in training as in evaluation.
 
-    A batch of one image is left out: batch normalisation of vectors has no statistics for it.
+    A batch of one image is left out, as is in several processes one of which any has a single image only: batch normalisation of
+    vectors has no statistics for it.
 
     Args:
         gamma: share of the distillation.
@@ -51,7 +52,7 @@ class Collaboration(Method):
         return max(n, 2)
 
     def step(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome | None:
-        return self.update(images, labels, share) if len(labels) > 1 else None
+        return self.update(images, labels, share) if is_divisible(labels, share) else None
 
     def loss(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome:
         predictions, teacher = self.model.backbone.with_teacher(images)
@@ -59,4 +60,4 @@ class Collaboration(Method):
         *earlier, last = per_sample.mean(dim=1)
         total = last + sum((1 - self.gamma) * loss + self.scale * divergence(p, teacher, self.temperature)
                            for loss, p in zip(earlier, predictions))
-        return Outcome(total, predictions, labels, per_sample.detach())
+        return Outcome(total * share if share != 1.0 else total, predictions, labels, per_sample.detach())

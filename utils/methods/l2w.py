@@ -2,17 +2,27 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from adaptive_inference import released_shares
-from utils.methods.base import Method, Outcome
+from utils.core.distributed import average_gradients
+from utils.methods.base import Method, Outcome, is_divisible, parts_of_batch
 
 CENTRED_OVER = {"row": 1, "col": 0, "mat": (0, 1)}   # dimension of (n_exits, B): samples, exits, both
+
+
+class Half(NamedTuple):
+    """Half of a process's part of a batch; `share` weights the mean over it, as `ExitLosses` has it."""
+
+    images: Tensor
+    labels: Tensor
+    share: float
 
 
 class _Hidden(nn.Module):
@@ -48,6 +58,10 @@ class SampleWeighting(Method):
 
     In a batch of odd size the second half is the larger one. A single image is trained on as it is, without a meta step.
 
+    In several processes each one halves its own part of the batch, and makes trial and meta loss of these; gradients of both
+    networks are means over the processes, weighted by the sizes of their halves. A batch that leaves any process with a single
+    image is trained on as it is by all.
+
     Args:
         hidden_size, n_layers: of the weight network.
         reads: "loss", "conf" (largest softmax probability) or "both": what it knows of a sample at every exit.
@@ -63,6 +77,9 @@ class SampleWeighting(Method):
                  meta_weight_decay: float = 1e-4, **options: Any) -> None:
         super().__init__(*args, **options)
         n_exits, like = self.model.n_exits, next(self.model.parameters())
+        # A copy, because SyncBatchNorm, which may replace the network's normalisation later, has no second derivative. It needs
+        # no storage: every call brings parameters and buffers along.
+        self.trial_network = copy.deepcopy(self.network).train().to("meta")
         self.weight_net = WeightNet(n_exits * (1 + (reads == "both")), n_exits, hidden_size, n_layers).to(like)
         self.meta_optimizer = torch.optim.Adam(self.weight_net.parameters(), lr=meta_lr, weight_decay=meta_weight_decay)
         self.reads, self.centring, self.epsilon = reads, centring, epsilon
@@ -78,14 +95,13 @@ class SampleWeighting(Method):
                 "meta_weight_decay": args.meta_weight_decay}
 
     def step(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Outcome:
-        half = len(labels) // 2
-        if half == 0:
-            return self.update(images, labels)
-        first, second = (images[:half], labels[:half]), (images[half:], labels[half:])
+        if not is_divisible(labels, share):
+            return self.update(images, labels, share)
+        first, second = _halves(images, labels, share)
         outcomes = []
         for training, held_out in ((first, second), (second, first)):
             if self.batches % self.meta_interval == 0:
-                self.meta_step(*training, *held_out)
+                self.meta_step(training, held_out)
             outcomes.append(self.update(*training))
         self.batches += 1
         return _joined(*outcomes)
@@ -109,12 +125,13 @@ class SampleWeighting(Method):
         output = self.weight_net(torch.cat(known).T).T
         return 1 + self.epsilon * (output - output.mean(dim=CENTRED_OVER[self.centring], keepdim=True))
 
-    def meta_step(self, images: Tensor, labels: Tensor, held_out_images: Tensor, held_out_labels: Tensor) -> None:
+    def meta_step(self, training: Half, held_out: Half) -> None:
         """Move the weight network, by Adam, down the loss of the held-out half after a trial step on the training half."""
-        gradients = torch.autograd.grad(self.meta_loss(images, labels, held_out_images, held_out_labels),
-                                        list(self.weight_net.parameters()))
+        loss = self.meta_loss(training.images, training.labels, held_out.images, held_out.labels)
+        gradients = torch.autograd.grad(loss * held_out.share, list(self.weight_net.parameters()))
         for parameter, gradient in zip(self.weight_net.parameters(), gradients):
             parameter.grad = gradient
+        average_gradients(self.weight_net.parameters())
         self.meta_optimizer.step()
 
     def meta_loss(self, images: Tensor, labels: Tensor, held_out_images: Tensor, held_out_labels: Tensor) -> Tensor:
@@ -133,9 +150,9 @@ class SampleWeighting(Method):
         return sum(per_sample[n, index].mean() for n, index in enumerate(leavers) if len(index))
 
     def _trial(self, parameters: dict[str, Tensor], images: Tensor) -> list[Tensor]:
-        """Predictions of the network with other parameters; its buffers stay as they are."""
+        """Predictions of the network with other parameters, frozen ones apart; its buffers stay as they are."""
         buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
-        return functional_call(self.network, {**parameters, **buffers}, images)
+        return functional_call(self.trial_network, {**dict(self.network.named_parameters()), **parameters, **buffers}, images)
 
     def _after_sgd(self, parameter: Tensor, gradient: Tensor | None, group: dict[str, Any]) -> Tensor:
         """Where the optimiser's next step would take a parameter of a group, a function of the gradient; all else is constant."""
@@ -157,6 +174,14 @@ class SampleWeighting(Method):
         self.weight_net.load_state_dict(state["weight_net"])
         self.meta_optimizer.load_state_dict(state["meta_optimizer"])
         self.batches = state["batches"]
+
+
+def _halves(images: Tensor, labels: Tensor, share: float) -> tuple[Half, Half]:
+    """The two halves of this process's part of a batch, each weighted within the same half of all processes."""
+    half, parts = len(labels) // 2, parts_of_batch(labels, share)
+    first, second = sum(part // 2 for part in parts), sum(part - part // 2 for part in parts)
+    return (Half(images[:half], labels[:half], half * len(parts) / first),
+            Half(images[half:], labels[half:], (len(labels) - half) * len(parts) / second))
 
 
 def leaving(confidence: Tensor, shares: Sequence[float]) -> list[Tensor]:

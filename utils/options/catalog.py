@@ -75,7 +75,7 @@ class TrainingMethod(NamedTuple):
         second_stage: it builds on a trained network, which has to be given and stays as it is.
         wrapper: class in `models` that makes the network of this method from a backbone; None where that is the backbone itself.
         one_call: all gradients of a step pass through one call of the whole network, so that what is called may be a wrapper that
-            does more, such as averaging them over several processes.
+            does more, such as averaging them over several processes; for other methods `Method.update` averages.
     """
 
     title: str

@@ -57,10 +57,12 @@ def require_statistics(method: Method, data) -> None:
     """
     backbone = method.model.backbone
     over_all = any(isinstance(module, nn.SyncBatchNorm) for module in backbone.modules())   # the statistics of several processes
-    if over_all or method.smallest_pass(data.smallest_batch) > 1:
+    trial = getattr(method, "trial_network", None)   # which always has those of its own process
+    if (over_all and not trial) or method.smallest_pass(data.smallest_batch) > 1:
         return
     with statistics_needed(), suppress(RuntimeError):   # of networks that do not run without values; training will find out
-        copy.deepcopy(backbone).to("meta").train()(torch.empty(1, 3, data.image_size, data.image_size, device="meta"))
+        network = trial or copy.deepcopy(backbone).to("meta").train()
+        network(torch.empty(1, 3, data.image_size, data.image_size, device="meta"))
 
 
 def freeze_backbone(model: BoostedNet) -> None:
