@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU and nobody at the keyboard: the tests marked gpu, then the benchmarks of training.
 #     bash tests/gpu.sh [FOLDER]        tables, logs and JSON lines go to FOLDER (default: gpu_results)
+# For ten minutes of a GPU, with a training at the end: tests/gpu_session.py.
 # A part that fails does not keep the next one from running; the exit code is 1 if any did.
 source "$(dirname "${BASH_SOURCE[0]}")/../utils/shell.sh"
 
