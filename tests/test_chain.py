@@ -451,6 +451,17 @@ def test_all_of_resnets_norms_are_folded():
             assert (got - want).abs().max() <= 1e-4 * want.abs().max()
 
 
+def test_a_resnets_programs_share_no_weights():
+    net = ResNet(num_classes=CLASSES, image_size=32).eval()
+    steps, state = list(export_steps(BoostedNet(net, [0.5] * 4).eval(), 32)), (images(2, 32),)
+    with torch.no_grad():
+        for step, want in zip(steps, BoostedNet(net, [0.5] * 4)(state[0]), strict=True):
+            state = step.program.module()(*state)
+            torch.testing.assert_close(state[0], want, rtol=1e-4, atol=1e-5)
+    weights = sum(tensor.numel() for step in steps for tensor in step.program.state_dict.values())
+    assert weights < 1.01 * sum(parameter.numel() for parameter in net.parameters())
+
+
 def test_the_name_of_a_resnet_says_all_about_it(capsys):
     line = "--dataset cifar100 --result_dir run --arch resnet34".split()
     assert choose_network(parse_args(line)) is None

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_chain import build
@@ -12,10 +14,12 @@ from tiny import command, differences, make_images, one_line_error, outcome, sig
 
 import eval_cifar100
 import train_cifar100
+from adaptive_inference import exit_index
 from args import parse_args
 from models import MSDNet
 from utils import export, plots, report
 from utils.core.errors import STOPPED, UserError
+from utils.data import glyphs
 from utils.evaluation.fast_form import load_model
 from utils.options.network import NetworkSpec, OwnNetwork
 from utils.runs import checkpoint
@@ -84,7 +88,7 @@ def test_a_method_that_makes_no_sense_says_why(images, finished, tmp_path, capsy
     assert "Sequential has not the parts `pool` and `linear`" in mistake
 
 
-@pytest.mark.parametrize("flags", ["", "--freeze_backbone",
+@pytest.mark.parametrize("flags", ["", "--amp bf16 --channels_last", "--freeze_backbone",
                                    "--freeze_backbone --method boost_l2w --meta_net_hidden_size 8 --ema 0.5"])
 def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(images, tmp_path, monkeypatch, flags):
     for name in ("whole", "stopped"):
@@ -224,3 +228,22 @@ def test_exports_plots_and_reports_take_it(images, finished, tmp_path, capsys, f
     assert about["arch"] == "small_chain.py:build" and len(about["steps"]) == 3
     assert plots.main([str(run)]) == 0 and report.main([str(run)]) == 0
     assert "small_chain.py:build" in capsys.readouterr().out
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    """On fewer images than it says; its network is left at the exits that the simulation of all exits names."""
+    code, = re.findall(r"```python\n(.*?)```", (FILE.parent.parent / "docs/own_network.md").read_text(), re.S)
+    assert len(code.splitlines()) < 60
+    monkeypatch.setattr(glyphs, "SIZES", {"train": 900, "test": 100})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code.replace("use_valid=True", "use_valid=True, valid_size=100"), names)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 4 and printed[-1].startswith("100 images")
+    with torch.inference_mode():
+        scores = torch.stack(names["fast"](names["images"]))
+    expected = exit_index(scores.softmax(dim=2).amax(dim=2).numpy(), np.asarray(names["thresholds"]))
+    assert (names["exit"].numpy() != expected).sum() <= 1   # one whose confidence is its threshold, but for rounding
+    assert torch.equal(names["prediction"], scores.argmax(dim=2)[names["exit"], torch.arange(100)])
+    assert {*torch.load("net.pth")} == {*names["net"].state_dict()}
