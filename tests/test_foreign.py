@@ -19,11 +19,18 @@ import torch
 from torch import nn
 
 import eval_cifar100
+import eval_imagenet
 import train_cifar100
+from args import parse_args
 from dataloader import build_data
+from models import BoostedNet
 from utils.core.errors import UserError
 from utils.data.split import Split
+from utils.evaluation.predict import predict
+from utils.methods.l2w import WeightNet
+from utils.options.network import NetworkSpec
 from utils.runs import checkpoint
+from utils.runs.restore import build_model
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
 
@@ -326,3 +333,62 @@ def test_only_classifiers_start_anew():
     del weights["blocks.bias"]
     with pytest.raises(UserError, match="it has no blocks.bias"):
         checkpoint.load_weights(new, weights, "a.pth", new_classifier=True)
+
+
+# Checkpoints as the released program of L2W-DEN writes them.
+
+def l2w_den(folder: pathlib.Path, flags: list[str], *, prefix: str = "") -> tuple[pathlib.Path, nn.Module]:
+    """A file of the released form with a new network, and that network."""
+    args = parse_args(["--method", "l2w", *flags])
+    args.num_classes = args.num_classes or 3
+    torch.manual_seed(0)
+    backbone = build_model(NetworkSpec.from_args(args)).backbone
+    net = WeightNet(backbone.n_exits, backbone.n_exits, 500, 1)
+    optimizer = torch.optim.SGD(backbone.parameters(), 0.8, momentum=0.9, weight_decay=1e-4)
+    meta_optimizer = torch.optim.Adam(net.parameters(), 1e-4, weight_decay=1e-4)
+    for parameter in backbone.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros(()).expand_as(parameter)   # which takes no room in the file
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    meta_optimizer.step()
+    torch.save({"epoch": 100, "arch": "msdnet", "state_dict": {prefix + k: v for k, v in backbone.state_dict().items()},
+                "optimizer": optimizer.state_dict(), "best_prec1": 0.1, "is_best": np.True_,
+                "meta_state_dict": net.state_dict(), "meta_optimizer": meta_optimizer.state_dict()},
+               folder / "checkpoint.pth.tar")
+    return folder / "checkpoint.pth.tar", backbone.eval()
+
+
+def check_l2w_den(program, images: pathlib.Path, folder: pathlib.Path, flags: list[str], prefix: str, n_valid: int) -> dict:
+    """Evaluate such a file with the flags of its network alone, in both modes, and compare with the network itself."""
+    path, backbone = l2w_den(folder, flags, prefix=prefix)
+    line = [*flags, "--data-root", str(images), "--evaluate-from", str(path), "--device", "cpu", "--threads", "1",
+            "--batch-size", "4"]
+    assert program.main(line) == 0
+    assert program.main([*line, "--evalmode", "dynamic", "--use-valid", "--valid_size", str(n_valid), "--seed", "1"]) == 0
+    anytime, dynamic = (json.loads((folder / f"{mode}.json").read_text()) for mode in ("anytime", "dynamic"))
+    args = parse_args(flags)
+    test = build_data(dataset=args.dataset, data_root=images, image_size=args.image_size, eval_batch_size=4, quiet=True).test()
+    found = predict(BoostedNet(backbone, [0.0] * backbone.n_exits), test)
+    assert anytime["top1"] == pytest.approx(found.top1) and anytime["epoch"] == 100
+    for result in (anytime, dynamic):
+        assert result["method"] == "l2w" and not any(result["temperatures"])
+    assert dynamic["n_valid"] == n_valid and len(dynamic["points"]) == 40
+    return anytime
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_checkpoint_of_l2w_den_tells_its_method(images, tmp_path, prefix):
+    flags = "--dataset folder --arch msdnet --nBlocks 3 --stepmode lin_grow --step 1 --base 1 --nChannels 4".split()
+    check_l2w_den(eval_cifar100, images, tmp_path, flags, prefix, n_valid=8)
+    assert set(checkpoint.load(tmp_path / "checkpoint.pth.tar")) == {"state_dict", "epoch", "method"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "prefix"), [(4, ""), (6, "module."), (7, "")])
+def test_checkpoints_of_l2w_den_on_imagenet_evaluate_with_their_architecture_flags(tmp_path, step, prefix):
+    images = tiny.make_images(tmp_path / "images", classes=2, train=4, test=2, side=64)
+    flags = (f"--dataset imagenet --workers 0 --val_workers 0 --arch msdnet --nBlocks 5 --stepmode even --step {step} "
+             f"--base {step} --nChannels 32 --growthRate 16 --grFactor 1-2-4-4 --bnFactor 1-2-4-4").split()
+    found = check_l2w_den(eval_imagenet, images, tmp_path, flags, prefix, n_valid=4)
+    known = json.loads((pathlib.Path(__file__).parent / "data/macs.json").read_text())["configs"]
+    assert found["macs"] == next(config["macs"] for config in known if config["name"] == f"msdnet_imagenet_step{step}")

@@ -22,7 +22,7 @@ from utils import __version__
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.files import TEMPORARY, atomic_write, to_disk
-from utils.runs.foreign import find_weights, read_file
+from utils.runs.foreign import METHOD_OF_ENTRY, find_weights, read_file
 
 FORMAT = 1
 COUNTER = ".num_batches_tracked"   # end of the names of batch normalisation's counters
@@ -114,7 +114,8 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
 def load(path: str | Path, key: str | None = None) -> dict[str, Any]:
     """Read a checkpoint of this project, or the weights of another one: a dict with at least `state_dict`.
 
-    Of a file of another project only the weights and a whole number under `epoch` come back.
+    Of a file of another project only the weights come back, a whole number under `epoch`, and as `method` the name of the method
+    where an entry of the file tells it.
 
     Args:
         key: which weights of several, see `foreign.find_weights`.
@@ -130,7 +131,12 @@ def load(path: str | Path, key: str | None = None) -> dict[str, Any]:
         raise UserError(f"{path} has format {version}, this version reads format {FORMAT}; use the version it is from")
     weights = find_weights(content, path, key)
     if version is None:
-        return {"state_dict": weights} | ({"epoch": content["epoch"]} if type(content.get("epoch")) is int else {})
+        found = {"state_dict": weights}
+        if type(content.get("epoch")) is int:
+            found["epoch"] = content["epoch"]
+        for entry in METHOD_OF_ENTRY.keys() & content.keys():
+            found["method"] = METHOD_OF_ENTRY[entry]
+        return found
     _check(content, CONTENT, f"{path} is not a checkpoint of this project")
     return {**content, "state_dict": weights}
 

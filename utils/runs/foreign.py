@@ -17,6 +17,8 @@ from utils.core.errors import UserError, is_out_of_memory
 
 # Under these names programs save the weights of a network.
 WEIGHT_KEYS = ("state_dict", "model", "net", "state_dict_ema", "model_ema")
+# Entries that tell the training method, by its name here: L2W-DEN keeps its weight network beside the weights.
+METHOD_OF_ENTRY = {"meta_state_dict": "l2w"}
 # What wrappers (DataParallel, torch.compile) put in front of the names of weights.
 PREFIXES = ("module.", "_orig_mod.")
 # Of weights, and of the counters of batch normalisation.

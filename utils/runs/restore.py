@@ -67,12 +67,14 @@ def name_outputs(class_names: Sequence[str] | None, n_outputs: int) -> list[str]
 def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
     """Let a checkpoint decide what its network is, and return its split.
 
-    A released checkpoint says nothing about itself; then the flags stand as they were given.
+    A released checkpoint says nothing about itself but perhaps its method; then the flags stand as they were given.
 
     Raises:
         UserError: when a flag given on the command line says otherwise.
     """
     if "architecture" not in saved:
+        if "method" not in args.explicit:
+            args.method = saved.get("method", args.method)
         return None
     spec = NetworkSpec.from_checkpoint(saved, args.evaluate_from)
     warn_of_changed_file(args.arch, spec, args.evaluate_from)
