@@ -14,7 +14,6 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from utils.core.errors import UserError
 from utils.options.catalog import ANYTIME_NETWORKS, DATASETS, METHODS, family_of, title_of
 from utils.options.effects import EVALUATION, TRAINING, without_effect
 from utils.options.flags import BEFORE_THE_FLAG, FREE_ON_RESUME, Milliseconds, build_parser, implied
@@ -146,7 +145,7 @@ def _no_network(args: Namespace) -> str | None:
 
     try:
         n_exits = build_shapes(replace(NetworkSpec.from_args(args), num_classes=args.num_classes or 2)).n_exits
-    except (ValueError, UserError) as error:
+    except ValueError as error:
         return str(error)
     if len(args.ensemble_reweight) not in (1, 2, n_exits):
         return (f"argument --ensemble_reweight: has {len(args.ensemble_reweight)} values; pass one, two to interpolate, or one "

@@ -23,7 +23,7 @@ class Backbone(nn.Module):
                              (raw logits (B, num_classes), next state);
         forward(x)           raw logits of every exit, shallow to deep: a list.
 
-    A state is a tensor, or a list, tuple or NamedTuple of states and None. Images that leave are taken out of the batch by
+    A state is a tensor, or a list, tuple or NamedTuple of states. Images that leave are taken out of the batch by
     taking their rows out of every tensor of the state. Hence row i of each tensor belongs to image i of the batch and shares
     memory with nothing else, no row depends on another in eval mode, and a step does not write to the state it is given.
     `check_backbone` holds a network to this.
@@ -90,7 +90,7 @@ def map_state(function: Callable[[Tensor], Any], state: Any) -> Any:
     """A state, as `start` or `step` of a backbone returned it, with `function` of every tensor in the tensor's place."""
     if isinstance(state, Tensor):
         return function(state)
-    if state is None:
+    if state is None:   # in forms for inference
         return None
     parts = [map_state(function, part) for part in state]
     return type(state)(*parts) if hasattr(state, "_fields") else parts
@@ -146,7 +146,7 @@ def _check_steps(backbone: nn.Module, images: Tensor, at_once: list[Tensor], num
             raise ValueError(f"{kind}.{place} gives other logits than {kind}.forward"
                              + (" gave those images in a larger batch: a row of the state belongs to one image, and no row may "
                                 "depend on another in eval mode" if n else ""))
-        if n == 0 and n < len(at_once) - 1:
+        if n == 0 and len(at_once) > 1:
             _checked_tensors(state, len(rows), f"{kind}.{place}", of_its_own)
             rows = rows[[2, 0]]
             state = map_state(lambda tensor: tensor[[2, 0]], state)
@@ -156,11 +156,9 @@ def _checked_tensors(state: Any, n_rows: int, place: str, of_its_own: set[int]) 
     """The tensors of a state whose rows can be taken; raise ValueError for any other state."""
     if isinstance(state, (list, tuple)):
         return [tensor for part in state for tensor in _checked_tensors(part, n_rows, place, of_its_own)]
-    if state is None:
-        return []
     if not isinstance(state, Tensor):
         raise ValueError(f"{place} returned a state with {_shown(state)} in it; a state is a tensor, or lists and tuples of "
-                         "tensors and None")
+                         "tensors")
     if state.ndim < 1 or len(state) != n_rows:
         raise ValueError(f"{place} returned a state with a tensor of shape {list(state.shape)} for {n_rows} images; its first "
                          "dimension has to be the image's place in the batch")

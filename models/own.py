@@ -57,6 +57,6 @@ def _described(error: BaseException, file: str) -> str:
     places = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(Path(file).resolve())]
     if isinstance(error, SyntaxError):
         places = [error.lineno]
-    kind = "" if type(error) is ValueError and not places else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, ValueError) and not places else f"{type(error).__name__}: "
     message = " ".join(str(error).split())
     return f"line {places[-1]}, {kind}{message}" if places else f"{kind}{message}"

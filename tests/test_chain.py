@@ -102,7 +102,7 @@ def test_a_chain_runs_its_stages_one_after_the_other_and_rescales_gradients():
 
 class Pair(NamedTuple):
     first: Tensor
-    rest: list[Tensor | None]
+    rest: list[Tensor]
 
 
 class Ones(Backbone):
@@ -114,10 +114,10 @@ class Ones(Backbone):
         self.register_buffer("shift", torch.ones(3, 3, 1, 1))
 
     def start(self, x):
-        return Pair(x, [None])
+        return Pair(x, [])
 
     def advance(self, n, state):
-        return state.first, Pair(state.first + 1, [state.first, None])
+        return state.first, Pair(state.first + 1, [state.first])
 
 
 def breaks(message: str):
@@ -141,6 +141,12 @@ class OneLogit(Ones):
 @breaks("n_exits is 0")
 class NoExits(Ones):
     n_exits = 0
+
+
+@breaks("returned a state with NoneType in it")
+class Nothing(Ones):
+    def start(self, x):
+        return Pair(x, [None])
 
 
 @breaks("returned a state with dict in it")
@@ -292,7 +298,7 @@ def test_early_exit_leaves_where_the_simulation_says(form):
     model = BoostedNet(net, [0.5] * 3).eval()
     with pytest.raises(ValueError, match="ChainNet has no image_size; pass a few"):
         prepare_for_inference(model, form)
-    with pytest.raises(ValueError, match="no growing form"):
+    with pytest.raises(UserError, match="no growing form"):
         prepare_for_inference(model, "growing", images=x)
     ready = prepare_for_inference(model, form, images=x)
     with torch.inference_mode():
@@ -314,6 +320,31 @@ def test_every_exit_is_a_program_with_the_weights_of_its_own_step():
             torch.testing.assert_close(state[0], want, rtol=1e-4, atol=1e-4)
     weights = [sum(tensor.numel() for tensor in step.program.state_dict.values()) for step in steps]
     assert max(weights) < sum(parameter.numel() for parameter in net.parameters())
+
+
+class Prepared(Ones):
+    """Uses weights of its own before exit 0, and in one form looks at values."""
+
+    def __init__(self, *, looks: bool = False) -> None:
+        super().__init__()
+        self.first, self.looks = nn.Conv2d(3, 3, 1), looks
+
+    def start(self, x):
+        return super().start(self.first(x))
+
+    def advance(self, n, state):
+        features, state = super().advance(n, state)
+        return (features if not self.looks or features.mean() > 0 else -features), state
+
+
+def test_the_first_program_has_the_weights_that_the_start_reads_and_code_that_cannot_be_followed_is_one_line():
+    model, x = BoostedNet(Prepared(), [0.5, 0.5]).eval(), images(2)
+    first = next(export_steps(model, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(first.program.module()(x)[0], model(x)[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="torch.export cannot follow the code of exit 1") as error:
+        next(export_steps(BoostedNet(Prepared(looks=True), [0.5, 0.5]).eval(), 16))
+    assert "\n" not in str(error.value)
 
 
 class Attention(nn.Module):

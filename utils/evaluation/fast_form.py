@@ -88,8 +88,8 @@ def prepare_for_inference(model: BoostedNet, form: str | None = None, *, images:
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; choose one of {', '.join(FORMS)}")
     if form == "growing" and not has_growing_form(model.backbone):
-        raise ValueError(f"{type(model.backbone).__name__} has no growing form, only MSDNet and RANet have; choose folded or "
-                         "compiled")
+        raise UserError(f"{type(model.backbone).__name__} has no growing form, only MSDNet and RANet have; choose folded or "
+                        "compiled")
     ready = copy.deepcopy(model).eval().requires_grad_(False)
     plain = ready.backbone
     ready.backbone = fold_batch_norm(plain, random_images(model) if images is None else images)

@@ -96,19 +96,28 @@ class _Reading(TorchDispatchMode):
 
 
 def export_steps(model: BoostedNet, image_size: int) -> Iterator[Step]:
-    """The programs of all exits, one after the other."""
+    """The programs of all exits, one after the other.
+
+    Raises:
+        UserError: for a network whose code torch.export cannot follow.
+    """
     ready = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     batch = torch.export.Dim("batch", min=1)
     images = torch.randn(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     ready.backbone = fold_batch_norm(ready.backbone, images).requires_grad_(False)
-    inputs, state, scores = (images,), ready.backbone.start(images), None
+    inputs, state, scores = (images,), None, None
     for n in range(ready.n_exits):
         form = pytree.tree_structure(state)
         with torch.no_grad(), _Reading() as reading:
-            logits, state = ready.backbone.step(n, state)
+            logits, state = ready.backbone.step(n, state if n else ready.backbone.start(images))
             scores = ready.add(n, logits, scores)
         module = _StepModule(reading.part_of(ready), n, form)
-        program = torch.export.export(module, inputs, dynamic_shapes=(tuple({0: batch} for _ in inputs),))
+        try:
+            program = torch.export.export(module, inputs, dynamic_shapes=(tuple({0: batch} for _ in inputs),))
+        except Exception as error:   # it has a dozen kinds
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UserError(f"torch.export cannot follow the code of exit {n + 1} ({reason.strip()}); what depends on values of "
+                            "the images, or on their number, cannot be exported") from error
         # Inputs of the next program may not share memory.
         onward = () if n == ready.n_exits - 1 else pytree.tree_leaves(state)
         outputs = tuple(tensor.clone() for tensor in (scores, *onward))
