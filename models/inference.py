@@ -11,7 +11,6 @@ State handed from step to step consists of these buffers; a step writes only beh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,35 +42,6 @@ def _convolutions(module: nn.Module) -> list[nn.Conv2d]:
     return [m for m in module.modules() if isinstance(m, nn.Conv2d)]
 
 
-class Part(nn.Module):
-    """A module without hooks: to look for them costs as much as a small operation on a single image."""
-
-    def __call__(self, *inputs: Any) -> Any:
-        return self.forward(*inputs)
-
-
-# For one image oneDNN's call costs more than its work (6 channels of 32x32: 59 us against 19 us); this is the routine that
-# PyTorch's convolution takes without oneDNN.
-_small_convolution = getattr(torch._C._nn, "thnn_conv2d", None)
-
-
-class Convolution(Part):
-    """A convolution with less overhead for single images."""
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
-        self.weight, self.bias = convolution.weight, convolution.bias
-        self.in_width, self.out_width, self.stride = convolution.in_channels, convolution.out_channels, convolution.stride
-        # Outside the module's own registers, where looking them up costs as much as a small operation.
-        self._arguments = self.weight, self.bias, self.stride, convolution.padding, convolution.kernel_size
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias, stride, padding, kernel = self._arguments
-        if len(x) == 1 and not x.is_cuda and _small_convolution and not torch.is_autocast_enabled("cpu"):
-            return _small_convolution(x, weight, kernel, bias, stride, padding)
-        return F.conv2d(x, weight, bias, stride, padding)
-
-
 def _rectify_into(buffer: Tensor, channel: int, x: Tensor) -> None:
     """Write relu(x) to the channels of `buffer` from `channel` on."""
     torch.clamp_min(x, 0, out=buffer.narrow(1, channel, x.size(1)))
@@ -84,7 +54,7 @@ def _room_for(x: Tensor, channels: int) -> Tensor:
     return buffer
 
 
-class Pointwise(Part):
+class Pointwise(nn.Module):
     """1x1 convolutions that read the same map, each followed by ReLU, as one matrix product."""
 
     def __init__(self, convolutions: Sequence[nn.Conv2d]) -> None:
@@ -93,22 +63,20 @@ class Pointwise(Part):
         bias = torch.cat([c.bias.detach() for c in convolutions])[None, :, None]
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
         self.in_width, self.widths = convolutions[0].in_channels, [c.out_channels for c in convolutions]
-        self._arguments = self.weight, self.bias
         self._parts = [(sum(self.widths[:i]), width) for i, width in enumerate(self.widths)]
 
     def forward(self, buffer: Tensor) -> list[Tensor]:
         """Outputs of all convolutions for the first channels of `buffer`."""
-        weight, bias = self._arguments
         n, _, height, width = buffer.shape
         x = buffer.narrow(1, 0, self.in_width).flatten(2)
-        out = torch.baddbmm(bias, weight.expand(n, -1, -1), x).view(n, -1, height, width)
+        out = torch.baddbmm(self.bias, self.weight.expand(n, -1, -1), x).view(n, -1, height, width)
         if n == 1 or len(self._parts) == 1:   # parts of one image lie in one piece
             out.relu_()
             return [out] if len(self._parts) == 1 else [out.narrow(1, start, size) for start, size in self._parts]
         return [out.narrow(1, start, size).relu() for start, size in self._parts]
 
 
-class Prefix(Part):
+class Prefix(nn.Module):
     """Stands in for `Pointwise` where there is no bottleneck: the convolutions read the map itself."""
 
     def __init__(self, in_width: int, n_readers: int) -> None:
@@ -132,12 +100,12 @@ class GrowingClassifier(nn.Module):
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
-        self.first, self.second = (Convolution(c) for c in _convolutions(classifier))
+        self.first, self.second = _convolutions(classifier)
         self.linear = classifier.linear
 
     def pool(self, buffer: Tensor) -> Tensor:
         """The features (B, width) that the linear layer reads."""
-        x = self.first(buffer.narrow(1, 0, self.first.in_width)).relu_()
+        x = self.first(buffer.narrow(1, 0, self.first.in_channels)).relu_()
         x = self.second(x).relu_()
         return F.avg_pool2d(x, x.shape[2:]).flatten(1)   # of 2x2 in the paper's networks, whose classifiers name this kernel
 
@@ -145,18 +113,19 @@ class GrowingClassifier(nn.Module):
         return self.linear(self.pool(buffer))
 
 
-class WritingConvolution(Convolution):
+class WritingConvolution(nn.Module):
     """The 3x3 convolution of a bottleneck, whose output goes to the channels of a buffer from `channel` on."""
 
     def __init__(self, bottleneck: Bottleneck, channel: int) -> None:
-        super().__init__(_convolutions(bottleneck)[-1])
-        self.channel, self.end = channel, channel + self.out_width
+        super().__init__()
+        self.convolution = _convolutions(bottleneck)[-1]
+        self.channel, self.end = channel, channel + self.convolution.out_channels
 
     def forward(self, x: Tensor, buffer: Tensor) -> None:
-        _rectify_into(buffer, self.channel, super().forward(x))
+        _rectify_into(buffer, self.channel, self.convolution(x))
 
 
-class GrowingLayer(Part):
+class GrowingLayer(nn.Module):
     """`MSDLayer` that writes its new channels into the buffers of the scales."""
 
     def __init__(self, layer: MSDLayer) -> None:
@@ -243,7 +212,7 @@ class GrowingMSDNet(Backbone):
         return [buffer[:, :width] for buffer, width in zip(state, self.blocks[n][-1].out_widths)]
 
 
-class GrowingDenseLayer(Part):
+class GrowingDenseLayer(nn.Module):
     """`DenseLayer` or `FusionLayer` that writes its new channels behind those that it reads.
 
     Where it halves the resolution, it writes into a new buffer with room for `room` channels.
@@ -251,21 +220,19 @@ class GrowingDenseLayer(Part):
 
     def __init__(self, layer: DenseLayer | FusionLayer, room: int) -> None:
         super().__init__()
-        self.reader, self.conv_normal = _reader([layer.conv_normal]), Convolution(_convolutions(layer.conv_normal)[-1])
+        self.reader, self.conv_normal = _reader([layer.conv_normal]), _convolutions(layer.conv_normal)[-1]
         self.halves, self.room = self.conv_normal.stride == (2, 2), room
-        if isinstance(layer, FusionLayer):
-            self.coarser_reader, self.conv_up = _reader([layer.conv_up]), Convolution(_convolutions(layer.conv_up)[-1])
-        self._parts = tuple(self.children())   # for speed, as `_arguments` of a convolution
+        self.fuses = isinstance(layer, FusionLayer)
+        if self.fuses:
+            self.coarser_reader, self.conv_up = _reader([layer.conv_up]), _convolutions(layer.conv_up)[-1]
 
     def forward(self, buffer: Tensor, coarser: Tensor | None) -> Tensor:
         """Return the buffer written to, for buffers of the input and of the coarser map."""
-        reader, conv_normal, *fusion = self._parts
-        own, width = conv_normal(reader(buffer)[0]), reader.in_width
+        own, width = self.conv_normal(self.reader(buffer)[0]), self.reader.in_width
         if self.halves:
             buffer = _room_for(resize_like(buffer, own.shape[2:]), self.room)
-        if fusion:
-            coarser_reader, conv_up = fusion
-            up = conv_up(coarser_reader(coarser)[0]).relu_()
+        if self.fuses:
+            up = self.conv_up(self.coarser_reader(coarser)[0]).relu_()
             buffer.narrow(1, width, up.size(1)).copy_(resize_like(up, own.shape[2:]))
             width += up.size(1)
         _rectify_into(buffer, width, own)
