@@ -179,7 +179,6 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
     Raises:
         UserError: without a hold-out, or for a budget out of range.
     """
-    require_hold_out(data)
     macs = about["macs"]
     for budget in budgets or []:   # a budget out of range is refused before the network runs
         solve_exit_rate(macs, budget)
@@ -191,23 +190,12 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
         fitted = released_curve(*arrays, flat=flat) if released else budget_curve(*arrays, budgets)
     points = flatten(fitted) if flat and not released else fitted
     family = "released" if released else THRESHOLDS[thresholds]
-    about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples, **stated(calibration)}
-    result = {**about, "family": family, "flat": flat, "augmented_hold_out": data.augment_valid,
-              "points": [{**point, "thresholds": finite(point["thresholds"])} for point in points]}
-    if distributed.is_main():
-        _report_budgeted(result, folder, suffix)
-        if family == "eq9":
-            warn_of_missed_budgets(fitted, valid.n_samples)
-        if family == "optimised":
-            say(describe_gain(points, macs))
+    result = _report_budgeted(about, data, valid, test, points, folder, suffix, family=family, flat=flat, calibration=calibration)
+    if distributed.is_main() and family == "eq9":
+        warn_of_missed_budgets(fitted, valid.n_samples)
+    if distributed.is_main() and family == "optimised":
+        say(describe_gain(points, macs))
     return result
-
-
-def _predict_both(model: BoostedNet, data, policy: str, calibrate: bool, promise: bool = False,
-                  ) -> tuple[Predictions, Predictions, list[float] | None]:
-    """Predictions for hold-out and test set, and the temperatures that are in both."""
-    valid, calibration = predict_hold_out(model, data.valid(), MEASURES[policy], calibrate=calibrate, promise=promise)
-    return valid, predict(model, data.test(), MEASURES[policy], calibration=calibration), calibration
 
 
 def evaluate_promise(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], max_drop: float, level: float,
@@ -219,15 +207,11 @@ def evaluate_promise(model: BoostedNet, data, folder: Path, *, about: dict[str, 
     Raises:
         UserError: without a hold-out.
     """
-    require_hold_out(data)
     valid, test, calibration = _predict_both(model, data, about["policy"], calibrate, promise=True)
     arrays = (part.numpy() for part in (valid.confidence, valid.correct, test.confidence, test.correct))
     point = promise_point(*arrays, about["macs"], max_drop, level)
-    about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples, **stated(calibration)}
-    result = {**about, "family": "promise", "flat": False, "augmented_hold_out": False,
-              "points": [{**point, "thresholds": finite(point["thresholds"])}]}
+    result = _report_budgeted(about, data, valid, test, [point], folder, suffix, family="promise", calibration=calibration)
     if distributed.is_main():
-        _report_budgeted(result, folder, suffix)
         say(describe_promise(point, chosen_on_hold_out=chosen_on_hold_out))
     return result
 
@@ -240,35 +224,50 @@ def evaluate_patience(model: BoostedNet, data, folder: Path, *, about: dict[str,
     Raises:
         UserError: without a hold-out.
     """
-    require_hold_out(data)
-    valid, test = (predict(model, batches, MEASURES["patience"]) for batches in (data.valid(), data.test()))
+    valid, test, _ = _predict_both(model, data, "patience")
     points = patience_curve(valid.confidence, valid.correct, test.confidence, test.correct, about["macs"])
-    about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples}
-    result = {**about, "family": "patience", "flat": False, "augmented_hold_out": data.augment_valid, "points": points}
-    if distributed.is_main():
-        _report_budgeted(result, folder, suffix)
-    return result
+    return _report_budgeted(about, data, valid, test, points, folder, suffix, family="patience")
 
 
-def _report_budgeted(result: dict[str, Any], folder: Path, suffix: str) -> None:
-    """Write the files of a curve and print its table."""
+def _predict_both(model: BoostedNet, data, policy: str, calibrate: bool = False, promise: bool = False,
+                  ) -> tuple[Predictions, Predictions, list[float] | None]:
+    """Predictions for hold-out and test set, and the temperatures that are in both.
+
+    Raises:
+        UserError: without a hold-out.
+    """
+    require_hold_out(data)
+    valid, calibration = predict_hold_out(model, data.valid(), MEASURES[policy], calibrate=calibrate, promise=promise)
+    return valid, predict(model, data.test(), MEASURES[policy], calibration=calibration), calibration
+
+
+def _report_budgeted(about: dict[str, Any], data, valid: Predictions, test: Predictions, points: Sequence[dict[str, Any]],
+                     folder: Path, suffix: str, *, family: str, flat: bool = False,
+                     calibration: list[float] | None = None) -> dict[str, Any]:
+    """Write the files of a curve and print its table, in one process; the content of the JSON file, in all."""
+    finished = [point | {"thresholds": finite(point["thresholds"])} if "thresholds" in point else point for point in points]
+    result = {**about, "n_valid": valid.n_samples, "n_test": test.n_samples, **stated(calibration), "family": family,
+              "flat": flat, "augmented_hold_out": data.augment_valid, "points": finished}
+    if not distributed.is_main():
+        return result
     name = stem("dynamic", result, suffix)
     _write_columns(folder / f"{name}.txt", [(point["test_mean_macs"], point["test_top1"]) for point in result["points"]])
     _write_costs(folder, result["macs"])
     write_json(folder / f"{name}.json", result)
-    family = FAMILIES[result["family"]]
+    shown = FAMILIES[family]
     augmented = " with training augmentation" if result["augmented_hold_out"] else ""
     rows = []
     for point in result["points"]:
         shares = " ".join(f"{100 * share:3.0f}" for share in point["test_exit_share"])
-        rows.append([family.show(point[family.key]), millions(point["valid_mean_macs"]), millions(point["test_mean_macs"]),
+        rows.append([shown.show(point[shown.key]), millions(point["valid_mean_macs"]), millions(point["test_mean_macs"]),
                      f"{point['valid_top1']:.2f}", f"{point['test_top1']:.2f}", shares])
-    fitted = "thresholds from " if result["family"] != "patience" else ""
-    say(format_table([family.column, "hold-out MACs", "test MACs", "hold-out top-1", "test top-1",
+    fitted = "thresholds from " if family != "patience" else ""
+    say(format_table([shown.column, "hold-out MACs", "test MACs", "hold-out top-1", "test top-1",
                       "test exits, %"], rows,
-                     title=f"\nBudgeted batch, {family.title}{', flat curve' if result['flat'] else ''}: {_describe(result)}\n"
+                     title=f"\nBudgeted batch, {shown.title}{', flat curve' if flat else ''}: {_describe(result)}\n"
                            f"{fitted}{result['n_valid']} held-out images{augmented}, {result['n_test']} test images, "
                            "10^6 MACs per image"))
+    return result
 
 
 def _describe(about: dict[str, Any]) -> str:
