@@ -447,3 +447,41 @@ def test_a_published_run_is_a_folder_and_nothing_else(tmp_path):
     assert rows[2][0][-1] == "1 `--method joint`" and rows[0][0][-1] == "1"
     assert rows[3][1][:3] == ["torchrun", "--nproc_per_node=4", "train_imagenet.py"]
     assert "begun holds no finished run" in published_runs(folder, tmp_path / "page.md").splitlines()[-1]
+
+
+# Recipes of other projects.
+
+def write_l2w(folder: Path, size: int = 4, flags: str = "", **more) -> Path:
+    """A finished run as msdnet_scripts/l2w_imagenet.sh starts it in 8 processes, its flags apart."""
+    recipe = ("--arch msdnet --method l2w --epochs 100 --lr_f 0.8 --lr-type cosine --batch-size 512 --meta_interval 100 "
+              f"--meta_net_hidden_size 500 {flags}")
+    return write_run(folder, **{"network": f"msdnet_imagenet_step{size}", "flags": recipe, "n_train": 1_281_167, "processes": 8,
+                                "n_test": 50_000, **more})
+
+
+@pytest.mark.parametrize(("size", "flags", "title", "first"), [
+    (4, "", "L2W-DEN, 100 epochs", 59.54), (6, "", "L2W-DEN, 100 epochs", 60.05), (7, "", "L2W-DEN, 100 epochs", 59.24),
+    (4, "--epochs 300 --label_smoothing 0.1", "L2W-DEN, 300 epochs, label smoothing 0.1", 61.64),
+    (7, "--epochs 300 --label_smoothing 0.1", "L2W-DEN, 300 epochs, label smoothing 0.1", 60.94)])
+def test_a_run_of_another_projects_recipe_stands_beside_what_that_publishes(tmp_path, size, flags, title, first):
+    found = rows(report.report([write_l2w(tmp_path / "run", size, flags)]), "ImageNet, msdnet")
+    assert found[f"{title}, published"][0] == f"{first:.2f}" and len(found[f"{title}, published"]) == 5
+    assert sum(", published" in row and not row.startswith("  ") for row in found) == 2
+    assert found[f"  less {title}, published"][0] == f"{70 - first:+.2f}"
+    assert sum(row.startswith("  less") for row in found) == 1
+
+
+@pytest.mark.parametrize(("flags", "other"), [
+    *((flag, {}) for flag in ("--lr_f 0.4", "--label_smoothing 0.1", "--epochs 90", "--lr_step epoch", "--lr-type linear",
+                              "--meta_interval 1", "--use-valid", "--epsilon 0.2", "--arch msdnet_ge", "--batch-size 256")),
+    ("", {"processes": 4}), ("", {"n_train": 1_231_167}), ("", {"epoch": 90})])
+def test_a_run_of_another_recipe_is_not_compared_with_it(tmp_path, flags, other):
+    tables = report.report([write_l2w(tmp_path / "run", 4, flags, **other)])
+    found = rows(tables, "ImageNet, msdnet")
+    assert "L2W-DEN, 100 epochs, published" in found and not any(row.startswith("  less") for row in found)
+    assert any("where its recipe is theirs" in note for table in tables for note in table.notes)
+
+
+def test_published_rows_of_other_networks_stay_away(tmp_path):
+    text = "\n".join(table.text() for table in report.report([write_run(tmp_path / "run", flags="--epochs 3")]))
+    assert "L2W-DEN" not in text

@@ -309,6 +309,99 @@ def test_evaluation_computes_where_training_did_and_on_the_same_data(tmp_path, g
         assert evaluated and all((args.data_root, args.gpu, args.lr_f) == ("/d", "3", 0.1) for args in evaluated)
 
 
+# Other methods with the recipes of their own projects.
+
+PLAIN = {"arch": "msdnet", "weight_decay": [1e-4], "use_valid": False}
+L2W = {**PLAIN, "method": "l2w", "meta_net_hidden_size": 500, "meta_net_num_layers": 1, "meta_lr": 1e-4,
+       "meta_weight_decay": 1e-4, "epsilon": 0.3, "target_p_index": 15, "meta_net_input_type": "loss",
+       "constraint_dimension": "mat"}
+L2W_IMAGENET = {**L2W, "dataset": "imagenet", "lr_f": 0.8, "lr_type": "cosine", "lr_step": "batch", "meta_interval": 100,
+                "batch_size": 512, "gpu": "0,1,2,3,4,5,6,7"}
+CIFAR = {"dataset": "cifar100", "lr_f": 0.1, "lr_type": "multistep", "lr_milestones": [150, 225], "epochs": 300, "batch_size": 64}
+BLOCKS = {**PLAIN, **CIFAR, "nBlocks": 7, "base": 4, "step": 2, "nChannels": 16, "method": "block_losses", "distill_weight": 0.0,
+          "groups": None, "overlap": None, "include_final": False}
+BLOCKS_IMAGENET = {**BLOCKS, "dataset": "imagenet", "lr_milestones": [30, 60], "epochs": 90, "nBlocks": 5, "step": 4,
+                   "nChannels": 32, "use_valid": True, "gpu": "0,1,2,3"}
+SELF = {"distill_weight": 0.35, "distill_T": 2.5, "teacher": None}
+
+
+@pytest.mark.parametrize(("line", "expected"), [
+    ("l2w_imagenet 4", {**L2W_IMAGENET, "step": 4, "base": 4, "epochs": 100, "label_smoothing": 0.0}),
+    ("l2w_imagenet 7 --smooth", {**L2W_IMAGENET, "step": 7, "epochs": 300, "label_smoothing": 0.1}),
+    ("l2w_imagenet 6 --lr_f 0.4 --smooth --batch-size 9", {**L2W_IMAGENET, "epochs": 300, "lr_f": 0.4, "batch_size": 9}),
+    ("l2w_cifar100 8", {**L2W, **CIFAR, "meta_interval": 1, "base": 8, "nBlocks": 6}),
+    ("block_losses_cifar100 conventional", {**BLOCKS, "method": "joint", "distill_weight": None}),
+    ("block_losses_cifar100 conventional self", {**BLOCKS, **SELF, "groups": [7]}),
+    ("block_losses_cifar100 overlap", {**BLOCKS, "overlap": 3}),
+    ("block_losses_cifar100 overlap_final plain", {**BLOCKS, "overlap": 3, "include_final": True}),
+    ("block_losses_cifar100 local_error self --distill_weight 0.25", {**BLOCKS, **SELF, "overlap": 1, "distill_weight": 0.25}),
+    ("block_losses_cifar100 no_overlap teacher --teacher t.pth", {**BLOCKS, **SELF, "groups": [3, 4], "teacher": "t.pth"}),
+    ("block_losses_imagenet conventional", {**BLOCKS_IMAGENET, "method": "joint", "distill_weight": None}),
+    ("block_losses_imagenet overlap --images_per_class 300", {**BLOCKS_IMAGENET, "overlap": 2, "images_per_class": 300}),
+    ("block_losses_imagenet overlap_final self",
+     {**BLOCKS_IMAGENET, **SELF, "overlap": 2, "include_final": True, "distill_T": 1.5}),
+])
+def test_methods_are_trained_as_their_projects_publish_them(tmp_path, line, expected):
+    script, *more = line.split()
+    [command] = commands(f"msdnet_scripts/{script}.sh", *more, cwd=tmp_path)
+    args = flags(command, task="training")
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert Path(command[-1]).name != "--smooth" and script in Path(args.result_dir).name
+    assert ("torch.distributed.run" in command) == ("imagenet" in script)
+
+
+def test_runs_of_other_methods_have_folders_of_their_own(tmp_path):
+    variants = [f"{variant} {distill}" for variant in ("conventional", "overlap", "overlap_final", "local_error", "no_overlap")
+                for distill in ("plain", "self", "teacher --teacher t")]
+    lines = [*(f"block_losses_cifar100.sh {variant}" for variant in variants), "block_losses_imagenet.sh overlap",
+             "block_losses_imagenet.sh overlap self", "l2w_imagenet.sh", "l2w_imagenet.sh --smooth", "l2w_cifar100.sh",
+             "imta_cifar100.sh"]
+    found = [flags(command).result_dir for line in lines for command in commands(
+        *f"msdnet_scripts/{line}".split(), cwd=tmp_path, RESULT_ROOT="here")]
+    assert len(set(found)) == len(found) == 15 + 2 + 3 + 3 + 3 + 2
+    assert {Path(folder).parent for folder in found} == {tmp_path / "here"}
+    [command] = commands("msdnet_scripts/l2w_cifar100.sh", "4", "--result_dir", "/mine", cwd=tmp_path)
+    assert flags(command).result_dir == "/mine"
+
+
+def test_collaborating_exits_are_trained_in_two_stages(tmp_path):
+    for stopped in (False, True):
+        first, second = (flags(command, task="training") for command in commands(
+            "msdnet_scripts/imta_cifar100.sh", "--epochs", "3", cwd=tmp_path, RESULT_ROOT=str(tmp_path)))
+        for args in (first, second):
+            assert (args.arch, args.nBlocks, args.epochs, args.use_valid, args.lr_milestones) == (
+                "msdnet_ge", 10, 3, True, [150, 225])
+        assert (first.method, first.resume, second.method, second.resume) == ("joint", True, "imta", stopped)
+        assert second.checkpoint == (None if stopped else f"{first.result_dir}/model_best.pth")
+        assert (second.distill_weight, second.distill_T) == (0.9, 3.0)
+        Path(second.result_dir).mkdir(exist_ok=True)
+        (Path(second.result_dir) / "model_latest.pth").touch()
+
+
+@pytest.mark.parametrize(("line", "environment", "words"), [
+    ("l2w_imagenet 4", {"NPROC": "3"}, "3 processes cannot have equal parts of 4096 images"),
+    ("l2w_imagenet 4", {"NPROC": "3", "TORCHRUN": "--nnodes=2 --nproc_per_node=3"}, "6 processes cannot"),
+    ("l2w_imagenet 4", {"TORCHRUN": "--nnodes=1:4 --nproc_per_node=8"}, "--nnodes 1:4"),
+    ("l2w_imagenet 4", {"NPROC": "many"}, "got 'many'"),
+    ("l2w_imagenet 8", {}, "there is no size '8'"),
+    ("l2w_cifar100 --result_dir x", {}, "name the SIZE"),
+    ("block_losses_cifar100", {}, "there is no variant ''"),
+    ("block_losses_imagenet all", {}, "there is no variant 'all'"),
+    ("block_losses_cifar100 overlap teacher", {}, "--teacher FILE"),
+    ("imta_cifar100 --method joint", {}, "--method cannot be given"),
+])
+def test_what_a_recipe_cannot_do_is_refused_with_one_line(tmp_path, line, environment, words):
+    script, *more = line.split()
+    done = bash(ROOT / f"msdnet_scripts/{script}.sh", *more, cwd=tmp_path, DRY_RUN="1", **environment)
+    assert (done.returncode, done.stdout) == (2, "") and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_batch_of_4096_images_is_dealt_to_all_machines(tmp_path):
+    for environment, size in (({"NPROC": "2"}, 2048), ({"NPROC": "4", "TORCHRUN": "--nnodes 2 --nproc_per_node=4"}, 512)):
+        [command] = commands("msdnet_scripts/l2w_imagenet.sh", "4", cwd=tmp_path, **environment)
+        assert flags(command).batch_size == size
+
+
 @pytest.fixture
 def clone(tmp_path) -> Path:
     """A folder with utils/shell.sh, two requirement files and a .venv whose python only writes down its arguments."""

@@ -48,15 +48,23 @@ Group = Sequence[FinishedRun]   # that differ in their seed only
 
 def is_papers(run: FinishedRun, dataset: str, backbone: str) -> bool:
     """Whether a run is what the paper's table of this data set has under this backbone: its network, data and schedule."""
-    numbers, settings = paper.ANYTIME[dataset, backbone], run.settings
     expected = {"dataset": dataset, "arch": paper.ARCHITECTURES[backbone], "training images": paper.TRAINING_IMAGES[dataset],
                 "test images": paper.TEST_IMAGES[dataset], **paper.TRAINING, **paper.SCHEDULES[dataset]}
-    expected["tested epoch"] = expected["epochs"]
-    return (all(settings[name] == value for name, value in expected.items())
-            and len(run.macs) == len(numbers.millions)
-            and all(abs(macs / (1e6 * millions_) - 1) < 5e-4 for macs, millions_ in zip(run.macs, numbers.millions))
-            and settings["batch_size"] * settings["processes"] == paper.IMAGES_PER_STEP[dataset]
-            and (run.method == "joint" or (run.method == "boost" and set(settings["ensemble_reweight"]) == {TEMPERATURE})))
+    return (has_costs(run.macs, paper.ANYTIME[dataset, backbone].millions)
+            and was_trained_with(run, expected, paper.IMAGES_PER_STEP[dataset])
+            and (run.method == "joint" or (run.method == "boost" and set(run.settings["ensemble_reweight"]) == {TEMPERATURE})))
+
+
+def has_costs(macs: Sequence[float], millions: Sequence[float]) -> bool:
+    """Whether the exits of a network cost what is published of one, in 10^6 MACs of four digits."""
+    return len(macs) == len(millions) and all(abs(a / (1e6 * b) - 1) < 5e-4 for a, b in zip(macs, millions))
+
+
+def was_trained_with(run: FinishedRun, settings: dict[str, Any], images_per_step: int) -> bool:
+    """Whether a run has these settings and was trained and tested to their last epoch."""
+    return (all(run.settings[name] == value for name, value in settings.items())
+            and run.settings["tested epoch"] == settings["epochs"]
+            and run.settings["batch_size"] * run.settings["processes"] == images_per_step)
 
 
 def differ_in_method(a: FinishedRun, b: FinishedRun) -> bool:
@@ -142,10 +150,19 @@ def own_tables(groups: Iterable[Group]) -> list[Table]:
         table = Table(f"{title_of(dataset)}, {flags}, {epochs} epoch{'s' if epochs > 1 else ''}: "
                       f"top-1 % on {n_test:,} test images, last epoch",
                       ["exit", *map(str, range(1, len(macs) + 1))], [["10^6 MACs", *map(millions, macs)]])
+        recipes = [recipe for recipe in paper.RECIPES
+                   if recipe.settings["dataset"] == dataset and has_costs(macs, recipe.millions)]
+        table.rows += [[f"{recipe.title}, published", *(f"{top1:.2f}" for top1 in recipe.top1)] for recipe in recipes]
         for group, label in zip(members, distinct(members)):
-            table.rows += [[f"{method_title(group[0].method)}{label}{of_seeds(group)}", *shown(group)], *best_rows(group)]
+            table.rows.append([f"{method_title(group[0].method)}{label}{of_seeds(group)}", *shown(group)])
+            table.rows += [[f"  less {recipe.title}, published", *signed(mean(group), recipe.top1)] for recipe in recipes
+                           if was_trained_with(group[0], recipe.settings, recipe.images_per_step)]
+            table.rows += best_rows(group)
         table.rows += gain_row(members, "BoostNet less joint training")
         table.notes.append("Not the paper's network or schedule: not to be compared with its tables.")
+        if recipes:
+            table.notes.append("Published rows are of weights chosen by test accuracy; a run is compared with them where its "
+                               "recipe is theirs.")
         tables.append(table)
     return tables
 

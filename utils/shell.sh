@@ -136,26 +136,43 @@ result_dir() {
     value_of --result_dir "$RESULT_ROOT/$(run_name "$1" "$2")" "${@:3}"
 }
 
+# processes: print the number of processes of an ImageNet training on this machine.
+processes() {
+    [[ ${NPROC:=4} =~ ^[1-9][0-9]*$ ]] || fail "NPROC is the number of processes, got '$NPROC'"
+    echo "$NPROC"
+}
+
+# start_training DATASET FLAG...: run the training program of a data set, that of ImageNet in several processes.
+start_training() {
+    local dataset=$1 launch=() options nproc devices=()
+    shift
+    if [ "$dataset" = imagenet ]; then
+        nproc=$(processes) || exit
+        # Without an address torchrun asks for that of the host's name, and hangs where the name has none.
+        read -ra options <<<"${TORCHRUN:---standalone --local-addr 127.0.0.1 --nproc_per_node=$nproc}"
+        launch=(-m torch.distributed.run "${options[@]}") # what the command torchrun runs
+        devices=(--distributed --gpu "$(seq 0 $((nproc - 1)) | paste -sd, -)")
+    fi
+    run "$(python_path)" ${launch[@]+"${launch[@]}"} "$ROOT/train_$dataset.py" --dataset "$dataset" \
+        --data-root "${DATA_ROOT:-$ROOT/data/$dataset}" ${devices[@]+"${devices[@]}"} "$@"
+}
+
+# schedule DATASET: the flags of the published learning rate.
+schedule() {
+    case $1 in
+        cifar100) echo "--lr_f 0.1 --lr_milestones 150,225 --epochs 300" ;;
+        imagenet) echo "--lr_f 0.1 --lr_milestones 30,60 --epochs 90" ;;
+    esac
+}
+
 # train DATASET SIZE FLAG...: train a model with the paper's settings; later flags win.
 train() {
-    local dataset=$1 result launch=() settings network
+    local dataset=$1 result settings
     result=$(result_dir "$@")
-    read -ra network <<<"$(network "$1" "$2")"
+    read -ra settings <<<"$(network "$1" "$2") $(schedule "$1")"
     shift 2
-    case $dataset in
-        cifar100) settings=(--lr_milestones 150,225 --epochs 300) ;;
-        imagenet)
-            local nproc=${NPROC:-4} options
-            [[ $nproc =~ ^[1-9][0-9]*$ ]] || fail "NPROC is the number of processes, got '$nproc'"
-            # Without an address torchrun asks for that of the host's name, and hangs where the name has none.
-            read -ra options <<<"${TORCHRUN:---standalone --local-addr 127.0.0.1 --nproc_per_node=$nproc}"
-            launch=(-m torch.distributed.run "${options[@]}") # what the command torchrun runs
-            settings=(--lr_milestones 30,60 --epochs 90 --distributed --gpu "$(seq 0 $((nproc - 1)) | paste -sd, -)")
-            ;;
-    esac
-    run "$(python_path)" ${launch[@]+"${launch[@]}"} "$ROOT/train_$dataset.py" \
-        --dataset "$dataset" --data-root "${DATA_ROOT:-$ROOT/data/$dataset}" --result_dir "$result" "${network[@]}" \
-        --ensemble_reweight 0.5 --batch-size 64 --workers 16 --lr_f 0.1 --weight-decay 1e-4 "${settings[@]}" "$@"
+    start_training "$dataset" --result_dir "$result" "${settings[@]}" --ensemble_reweight 0.5 --batch-size 64 --workers 16 \
+        --weight-decay 1e-4 "$@"
 }
 
 # evaluate DATASET SIZE FLAG...: evaluate model_best.pth of a model's run folder; later flags win, and what has no effect with

@@ -1,4 +1,4 @@
-"""Published accuracies of the BoostNet paper (arXiv:2211.16726), for comparison in tables and plots.
+"""Published accuracies of the BoostNet paper (arXiv:2211.16726), for comparison in tables and plots, and of other recipes.
 
 Anytime numbers are those of its tables 1 and 2 (some text versions give the two column groups of table 2 each other's
 heading; the MACs settle which is which); the released training scripts pick these checkpoints by test accuracy.
@@ -8,6 +8,7 @@ q^n, not from eq. 9.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,40 @@ IMAGES_PER_STEP = {"cifar100": 64, "imagenet": 256}
 TRAINING_IMAGES = {"cifar100": 50_000, "imagenet": 1_281_167}
 TEST_IMAGES = {"cifar100": 10_000, "imagenet": 50_000}
 ARCHITECTURES = {"msdnet": "msdnet_ge", "ranet": "ranet"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What another project publishes of a network and how that was trained.
+
+    Attributes:
+        millions, top1: cost in 10^6 MACs and accuracy in percent of every exit.
+        settings: of the training, by the flags' dest names and as `FinishedRun.settings` has them.
+        images_per_step: of all processes together.
+    """
+
+    title: str
+    millions: tuple[float, ...]
+    top1: tuple[float, ...]
+    settings: dict[str, Any]
+    images_per_step: int
+
+
+# The released weights of L2W-DEN (arXiv:2209.08310): top-1 on the validation images of ImageNet, which chose the epoch as well.
+_L2W = {"dataset": "imagenet", "arch": "msdnet", "method": "l2w", "training images": TRAINING_IMAGES["imagenet"],
+        "test images": TEST_IMAGES["imagenet"], **TRAINING, "lr_f": 0.8, "lr_type": "cosine", "lr_step": "batch",
+        "meta_net_hidden_size": 500, "meta_net_num_layers": 1, "meta_interval": 100, "meta_lr": 1e-4, "meta_weight_decay": 1e-4,
+        "epsilon": 0.3, "target_p_index": 15, "meta_net_input_type": "loss", "constraint_dimension": "mat"}
+del _L2W["decay_rate"]   # a cosine has none
+_L2W_ACCURACIES = {   # by 10^6 MACs: 100 epochs, and 300 with label smoothing
+    (339.9, 685.5, 1008, 1254, 1361): ((59.54, 67.22, 71.03, 72.33, 73.93), (61.64, 67.89, 71.61, 73.82, 75.03)),
+    (514.7, 1171, 1845, 2501, 2742): ((60.05, 69.13, 73.33, 75.19, 76.30), (61.41, 70.70, 74.38, 75.80, 76.66)),
+    (615.7, 1436, 2283, 2967, 3254): ((59.24, 69.65, 73.94, 75.66, 76.72), (60.94, 71.88, 75.13, 76.03, 76.82)),
+}
+RECIPES = [Recipe(f"L2W-DEN, {epochs} epochs{', label smoothing 0.1' if smoothing else ''}", millions, top1,
+                  {**_L2W, "epochs": epochs, "label_smoothing": smoothing}, 4096)
+           for millions, both in _L2W_ACCURACIES.items()
+           for epochs, smoothing, top1 in zip((100, 300), (0.0, 0.1), both)]
 
 # Budgeted batch prediction, several model sizes combined, by (dataset, backbone).
 BUDGETED = {
