@@ -61,8 +61,9 @@ TARGETS = {
     "utils.methods.distillation": ("test_methods", "distillation and not refused or teacher_s"),
     "utils.methods.block_losses": ("test_methods test_method_flags", "routed or groups_that or blocks_that or arrives"),
     "utils.methods.imta": ("test_methods", "by_hand or collaborating_exits_have or collaborating_exits_start"),
-    "utils.methods.l2w": ("test_methods test_methods_golden",
-                          "epsilon or meta_step or rate_of or leave_in or iteration or weight_network"),
+    "utils.methods.l2w": ("test_methods test_methods_golden test_method_flags",
+                          "epsilon or meta_step or halves or leave_in or weight_network or trial or state_of_sample or samples "
+                          "or built_by_hand or A-8 or B-8-mat"),
 }
 FIRST_PASS = 10_000   # seconds of processor time it may take
 # Swapping the arguments of these changes nothing, or nothing but types.

@@ -1,6 +1,7 @@
 """No flag of a method is lost on its way from the command line to what is built."""
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from adaptive_inference import released_shares
 from args import parse_args
 from models import BoostedNet, MSDNet
-from utils.methods import Method, build_method
+from utils.methods import Method, build_method, method_class
 from utils.options.catalog import METHODS
 from utils.options.network import NetworkSpec
 from utils.runs.restore import build_model
@@ -46,6 +47,16 @@ def built(line: str) -> Method:
     model = build_model(NetworkSpec.from_args(args))
     return build_method(args, model, torch.optim.SGD(model.parameters(), lr=0.1), network=model,
                         teacher=TEACHER if args.teacher else None)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_that_is_built_by_hand_has_the_defaults_of_its_flags(name):
+    more = {"block_losses": "--overlap 1", "imta": "--checkpoint c.pth"}.get(name, "")
+    method, flags = method_class(name), parse_args(f"--method {name} {more}".split())
+    defaults = {parameter.name: parameter.default for base in method.__mro__ if "__init__" in vars(base) and base is not object
+                for parameter in inspect.signature(base).parameters.values() if parameter.default is not parameter.empty}
+    options = {key: value for key, value in method.options(flags).items() if key in defaults and key != "overlap"}
+    assert options and {key: defaults[key] for key in options} == options
 
 
 def test_there_is_an_expectation_for_every_flag_of_every_method():

@@ -17,6 +17,7 @@ from models import BoostedNet, CollaborativeNet, MSDNet, RANet, map_state
 from utils.core.errors import STOPPED, UserError
 from utils.evaluation.fast_form import FORMS, prepare_for_inference
 from utils.methods import Method, build_method, imta, l2w
+from utils.methods.base import Outcome
 from utils.methods.block_losses import BlockLosses
 from utils.methods.distillation import Distillation
 from utils.methods.losses import cross_entropies, divergence
@@ -330,6 +331,66 @@ def test_a_meta_step_changes_the_weight_network_and_nothing_else():
     assert not list(differences(model.state_dict(), before[0]))
     assert list(differences(method.weight_net.state_dict(), before[1]))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_batch_of_two_or_three_images_has_halves_and_both_are_trained_on(monkeypatch):
+    model, (x, _), seen = network(boosted=True), batch(3), []
+    method = l2w.SampleWeighting(model, still(model), meta_interval=9)
+    monkeypatch.setattr(method, "meta_step", lambda *parts: None)
+    update = method.update
+    monkeypatch.setattr(method, "update", lambda *half: seen.append(half[1].tolist()) or update(*half))
+    for n, halves in ((2, [[0], [1]]), (3, [[0], [1, 2]]), (1, [[0]])):
+        seen.clear()
+        outcome = method.step(x[:n], torch.arange(n))
+        assert seen == halves and outcome.labels.tolist() == list(range(n))
+        assert outcome.per_sample.shape == (3, n) and [p.shape for p in outcome.predictions] == [(n, 5)] * 3
+
+
+def test_the_outcome_of_two_halves_is_theirs_side_by_side():
+    halves = [Outcome(torch.tensor(total), [torch.full((n, 2), value) for value in (1.0, 2.0)], torch.arange(n),
+                      torch.full((2, n), total)) for n, total in ((1, 3.0), (2, 5.0))]
+    joined = l2w._joined(*halves)
+    assert joined.total == 8 and joined.labels.tolist() == [0, 0, 1]
+    assert [p.tolist() for p in joined.predictions] == [[[1, 1]] * 3, [[2, 2]] * 3]
+    assert joined.per_sample.tolist() == [[3, 5, 5]] * 2
+
+
+def test_the_weight_network_is_a_perceptron_with_relu_and_one_number_for_each_exit():
+    torch.manual_seed(0)
+    net, x = l2w.WeightNet(4, 3, 6, 3).double(), torch.randn(5, 4, dtype=torch.float64)
+    weights = list(net.state_dict().values())
+    assert [tuple(weight.shape) for weight in weights[::2]] == [(6, 4), (6, 6), (6, 6), (3, 6)]
+    expected = x
+    for weight, bias in zip(weights[:6:2], weights[1:6:2]):
+        expected = (expected @ weight.T + bias).clamp(min=0)
+    torch.testing.assert_close(net(x), (expected @ weights[6].T + weights[7]).tanh())
+
+
+@pytest.mark.parametrize(("reads", "width"), [("loss", 3), ("conf", 3), ("both", 6)])
+@pytest.mark.parametrize(("centring", "over"), [("row", 1), ("col", 0), ("mat", (0, 1))])
+def test_the_weights_of_samples_by_hand(reads, width, centring, over):
+    model, (x, y) = network(boosted=True), batch()
+    method = l2w.SampleWeighting(model, still(model), reads=reads, centring=centring, epsilon=0.4, hidden_size=8)
+    predictions = [p.detach() for p in model(x)]
+    losses = cross_entropies(predictions, y)
+    confidence = torch.stack([p.softmax(dim=1).max(dim=1).values for p in predictions])
+    known = {"loss": losses, "conf": confidence, "both": torch.cat([losses, confidence])}[reads]
+    assert method.weight_net.first_hidden_layer.fc.in_features == len(known) == width
+    output = method.weight_net(known.T).T
+    torch.testing.assert_close(method.weights(predictions, losses), 1 + 0.4 * (output - output.mean(dim=over, keepdim=True)))
+    torch.testing.assert_close(method.loss(x, y, share=0.5).total,
+                               0.5 * (method.weights(predictions, losses) * losses).mean(dim=1).sum())
+
+
+def test_the_state_of_sample_weighting_comes_back():
+    model, (x, y) = network(boosted=True), batch()
+    trained, again = (l2w.SampleWeighting(model, still(model), hidden_size=8) for _ in range(2))
+    trained.step(x, y)
+    again.load_state_dict(copy.deepcopy(trained.state_dict()))
+    assert again.batches == trained.batches == 1
+    assert not list(differences(again.weight_net.state_dict(), trained.weight_net.state_dict()))
+    states = [list(method.meta_optimizer.state.values()) for method in (trained, again)]
+    assert states[0] and not list(differences(*states))
 
 
 def test_samples_leave_in_the_order_of_confidence_and_each_only_once():
