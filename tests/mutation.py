@@ -45,8 +45,11 @@ TARGETS = {
     "adaptive_inference": ("test_adaptive_inference", "not takes_about"),   # measures time
     "utils.evaluation.operating_points": ("test_operating_points", ""),
     "utils.evaluation.thresholds": ("test_optimised_thresholds", "hull or single_exit or corner or cost_their or regression or "
-                                    "earns or beyond or out_of_use or degenerate or saves or certified or betting or spread"),
-    "utils.evaluation.early_exit": ("test_early_exit", "not forms_for_inference"),
+                                    "earns or beyond or out_of_use or degenerate or saves or certified or betting or spread or "
+                                    "formula or loss_is or halved or numbers_of or between_two or become or by_hand or points_of "
+                                    "or one_line or in_words"),
+    "utils.evaluation.early_exit": ("test_early_exit test_drift", "(test_early_exit and not forms_for_inference) or counted or "
+                                    "cut_short or no_decision or mistakes"),
     "utils.evaluation.predict": ("test_evaluation", ""),
     "models.boosted_head": ("test_models", "boosted_head or temperatures or ablation"),
     "utils.data.sampling": ("test_split", ""),

@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from dataloader import build_data
 from models import BoostedNet, MSDNet, RANet
 from op_counter import measure_model
 from utils.data.split import Split
-from utils.evaluation.early_exit import Exits, _Deadline
+from utils.evaluation import early_exit
+from utils.evaluation.early_exit import SIZES_PER_DOUBLING, Exits, _allowed_size, _Deadline, _Running
 from utils.evaluation.fast_form import FORMS, load_model, prepare_for_inference
 
 ROUNDING = 1e-6   # a confidence this close to a threshold may lie on either side of it in a batch of another size
@@ -237,7 +239,7 @@ def test_the_clock_of_a_deadline_waits_for_the_device_once_a_step(monkeypatch):
     assert not deadline.passed() and waits == [device]
     deadline.waited()   # by reading confidences
     assert not deadline.passed() and len(waits) == 1
-    now[0] = 0.0049
+    now[0] = 0.004999
     assert not deadline.passed() and len(waits) == 2   # what was begun since then
     now[0] = 0.005
     assert deadline.passed() and len(waits) == 3
@@ -263,11 +265,19 @@ def test_thresholds_fitted_in_bfloat16_hold_in_bfloat16(model, images, form):
     (dict(thresholds=[0.5]), "one for each exit"),
     (dict(thresholds="nan"), "thresholds must be"),
     (dict(costs=[1, 2]), "costs must be"),
-    (dict(costs="falling"), "costs must be"),
+    (dict(thresholds="one nan"), "thresholds must be"),
+    *((dict(costs=costs), "costs must be")
+      for costs in ("falling", "from zero", "infinite", "falling in the middle", "falling at the end")),
+    (dict(calibration=[1.0]), "calibration must be"),
+    (dict(calibration="zero"), "calibration must be"),
+    (dict(calibration="infinite"), "calibration must be"),
 ])
 def test_what_makes_no_sense_is_refused(model, more, message):
     n = model.n_exits
-    words = {"nan": [np.nan] * n, "falling": list(range(n, 0, -1))}
+    rising = list(range(1, n + 1))
+    words = {"nan": [np.nan] * n, "one nan": [np.nan, *[0.5] * (n - 1)], "falling": rising[::-1], "from zero": [0, *rising[1:]],
+             "infinite": [*rising[:-1], np.inf], "falling in the middle": [1, n - 0.5, n - 0.6, *rising[3:]],
+             "falling at the end": [*rising[:-1], 1], "zero": [*[1.0] * (n - 1), 0.0]}
     arguments = {"thresholds": [0.5] * n, **{k: words.get(v, v) if isinstance(v, str) else v for k, v in more.items()}}
     with pytest.raises(ValueError, match=message):
         EarlyExit(model, **arguments)
@@ -293,6 +303,73 @@ class Given(nn.Module):
 
     def step(self, n, state):
         return state[:, n], state
+
+
+def test_costs_may_be_equal_and_below_one_and_calibrations_below_one_too():
+    EarlyExit(BoostedNet(Given(), [0.0] * 3), [0.5] * 3, [0.25, 0.5, 0.5], calibration=[0.5, 1.0, 2.0])
+
+
+class Carried(Given):
+    def step(self, n, state):
+        return state[:, n].clone(), state
+
+
+@pytest.mark.parametrize("sizes", [None, 8])
+def test_a_state_that_is_the_images_themselves_is_copied_before_rows_move(sizes):
+    logits = torch.linspace(0, 3, 30).repeat(2)
+    images = torch.stack([logits, torch.zeros(60)], dim=1)[:, None].expand(-1, 3, -1).contiguous()
+    before, copies = images.clone(), []
+    early = EarlyExit(BoostedNet(Carried(), [0.0] * 3).eval(), [0.6, 0.8, 0.0], sizes_per_doubling=sizes)
+    found = early(images)
+    assert torch.equal(images, before)
+    confidence = logits.sigmoid().numpy()
+    assert found.exit.tolist() == np.where(confidence >= 0.6, 0, 2).tolist()
+    np.testing.assert_allclose(found.confidence, confidence, rtol=1e-6)
+    running = _Running(images)
+    other = torch.zeros(3)
+    assert running._writable(other) is other
+    for shared in (images, images[5:]):
+        copies.append(running._writable(shared))
+        assert torch.equal(copies[-1], shared) and copies[-1].data_ptr() != shared.data_ptr()
+
+
+def test_the_sizes_that_a_batch_may_have():
+    for per_doubling, allowed in ((8, [*range(1, 17), *range(18, 33, 2), *range(36, 65, 4)]), (1, [1, 2, 4, 8, 16, 32, 64]),
+                                  (2, [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]), (None, list(range(1, 65)))):
+        for n in range(1, 65):
+            assert _allowed_size(n, per_doubling) == min(size for size in allowed if size >= n), (n, per_doubling)
+    assert SIZES_PER_DOUBLING == 8
+
+
+def test_the_host_says_when_it_has_waited_and_asks_the_clock_between_steps(monkeypatch):
+    calls = []
+
+    class Recorder:
+        def __init__(self, milliseconds, device):
+            calls.append((milliseconds, device))
+
+        def waited(self):
+            calls.append("waited")
+
+        def passed(self):
+            calls.append("passed")
+            return False
+
+    monkeypatch.setattr(early_exit, "_Deadline", Recorder)
+    images = torch.tensor([[[1.0, 0], [1, 0], [1, 0]]])
+    model = BoostedNet(Given(), [0.0] * 3).eval()
+    EarlyExit(model, [1.0, 1.0, 0.0])(images, deadline_ms=7)
+    assert calls == [(7, torch.device("cpu")), "waited", "passed", "waited", "passed"]
+    calls.clear()
+    EarlyExit(model, [2.0, 2.0, 0.0])(images)
+    assert calls[1:] == ["passed", "passed"]   # a confidence that nobody reads is not waited for
+
+
+@pytest.mark.parametrize("threshold", [1e300, -1e300, np.inf])
+def test_thresholds_beyond_float32_are_everybody_or_nobody_without_a_warning(threshold):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert exits_of([1.0], [threshold, 0.0, 0.0]) == [0 if threshold < 0 else 1]
 
 
 def exits_of(logits: list[float], thresholds: list[float]) -> list[int]:

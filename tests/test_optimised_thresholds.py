@@ -1,6 +1,7 @@
 """Thresholds chosen for accuracy: against brute force, against the geometric ones, and promises against their own pool."""
 import itertools
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -12,14 +13,15 @@ import torch
 
 import eval_cifar100
 import train_cifar100
-from adaptive_inference import budget_grid, evaluate_thresholds, exit_index, fit_thresholds
+from adaptive_inference import budget_curve, budget_grid, evaluate_thresholds, exit_index, fit_thresholds
 from utils import export, plots, publish, report
-from utils.evaluation import realtime
+from utils.evaluation import realtime, thresholds
 from utils.evaluation.published import load_arrays
 from utils.evaluation.thresholds import (
     BestShares,
     PriceSolver,
     certify,
+    divide,
     fit_shares,
     geometric_shares,
     hull,
@@ -58,8 +60,8 @@ def small_cases(n_cases):
 def every_choice(confidence, correct, costs):
     """(cost, accuracy) of every threshold vector, by the rule as `adaptive_inference` has it."""
     levels = [[*np.unique(row), np.inf] for row in confidence[:-1]]
-    for thresholds in itertools.product(*levels):
-        top1, cost, _ = evaluate_thresholds(confidence, correct, [*thresholds, -np.inf], costs)
+    for chosen in itertools.product(*levels):
+        top1, cost, _ = evaluate_thresholds(confidence, correct, [*chosen, -np.inf], costs)
         yield cost, top1 / 100
 
 
@@ -279,6 +281,172 @@ def test_a_wrong_guess_of_the_spread_breaks_nothing(spread):
     rng = np.random.default_rng(14)
     assert np.mean([is_below(losses, 0.02, 0.9, spread)
                     for losses in rng.choice([0, 1], size=(1000, 500), p=[0.98, 0.02])]) <= allowed(0.9, 1000)
+
+
+def test_the_bound_by_betting_passes_after_as_many_losses_as_its_formula_says():
+    """Of n losses of zero the wealth is (1 + stake * bound)^n; the stake depends on n, on the guess and on the cap."""
+    for bound, level, spread in ((0.1, 0.9, 0.5), (0.1, 0.95, 0.05), (0.02, 0.95, 0.0)):
+        passed = []
+        for n in range(1, 200):
+            stake = min(math.sqrt(2 * math.log(1 / (1 - level)) / (n * max(spread, 1 / n))), 0.9 / (1 - bound))
+            passed.append((1 + stake * bound) ** n >= 1 / (1 - level))
+            assert is_below(np.zeros(n, np.int64), bound, level, spread) is passed[-1]
+        assert not passed[0] and passed[-1]
+    zeros = np.zeros(165, np.int64)
+    assert is_below(np.append(zeros, np.ones(300, np.int64)), 0.02, 0.95, 0.0)       # once rich is enough
+    assert not is_below(np.append(np.ones(300, np.int64), zeros), 0.02, 0.95, 0.0)
+
+
+def test_a_loss_is_what_the_whole_network_has_right_and_the_exit_taken_has_not():
+    confidence = np.array([[0.9, 0.9, 0.9, 0.1], [0.5] * 4])
+    correct = np.array([[True, False, True, False], [True, True, False, True]])
+    assert thresholds._losses(confidence, correct, np.array([0.5, -np.inf])).tolist() == [0, 1, -1, 0]
+
+
+def test_the_hold_out_of_a_promise_is_halved_by_chance():
+    for n, first in ((10, 5), (11, 5), (1, 0)):
+        fitted, tested = divide(n, seed=3)
+        assert len(fitted) == first and sorted([*fitted, *tested]) == list(range(n))
+        assert np.array_equal(divide(n, seed=3)[0], fitted)
+    assert not np.array_equal(divide(100)[0], divide(100, seed=1)[0]) and not np.array_equal(divide(100)[0], np.arange(50))
+
+
+# Numbers
+
+COSTS = [1.0, 2, 3, 4, 6]
+
+
+@pytest.fixture(scope="module")
+def known():
+    return exit_in_the_middle_of_no_use(np.random.default_rng(21), 600)
+
+
+def test_numbers_of_one_hold_out(known):
+    """As this version finds them; another search, regression or division is another."""
+    best = BestShares(*known, COSTS)
+    assert (best.trust, best.dearest) == pytest.approx((0.99295051, 5.38833333), abs=1e-6)
+    assert BestShares(*known, COSTS, seed=1).trust == pytest.approx(0.99392728, abs=1e-6)
+    expected = [[1, 0, 0, 0, 0], [0.38810875, 0.58919941, 0.00069642, 0.00028467, 0.02171075],
+                [0.25924243, 0.54986425, 0.00102495, 0.000628, 0.18924037],
+                [0.11022658, 0.23559515, 0.00066831, 0.00224078, 0.65126918]]
+    np.testing.assert_allclose(best.at([1.0, 1.7, 2.5, 4.5]), expected, atol=1e-6)
+    np.testing.assert_allclose(thresholds.optimised_thresholds(*known, COSTS, [1.7, 4.5]),
+                               [[0.66264760, 0.20169826, np.inf, np.inf, -np.inf],
+                                [0.85089177, 0.80821335, np.inf, 0.82965553, -np.inf]], atol=1e-6)
+    np.testing.assert_allclose(probability_right(*known)[:, :2],
+                               [[0.30388299, 0.16042751], [0.82366754, 0.19149148], [0.10394637, 0.04680408],
+                                [0.11286214, 0.00967188], [0.81362917, 0.5859830]], atol=1e-6)
+    found = certify(*known, COSTS, 6.0, 0.8)
+    np.testing.assert_allclose(found.thresholds, [0.78866047, 0.5938676, 0.5667321, np.inf, -np.inf], atol=1e-6)
+    assert found[1:] == (True, 6.0, 0.8, 300, 300, pytest.approx(1.0), pytest.approx(3.06))
+    other = certify(*known, COSTS, 6.0, 0.8, seed=1)
+    assert (other.drop, other.mean_cost) == (pytest.approx(23 / 3), pytest.approx(2.07666667))
+
+
+def corner(cost, value):
+    return thresholds.Corner(cost, value, np.array([1 - cost, cost]), ())
+
+
+def test_the_upper_hull_of_points():
+    points = [(0.0, 0.0), (0.1, 0.4), (0.2, 0.2), (0.5, 0.5), (0.6, 0.9), (0.6, 0.7), (0.8, 0.9), (0.9, 0.85), (1.0, 1.0)]
+    for order in (points, points[::-1]):
+        found = thresholds._upper([corner(*point) for point in order])
+        assert [(c.cost, c.value) for c in found] == [(0.0, 0.0), (0.1, 0.4), (0.6, 0.9), (1.0, 1.0)]
+    line = [corner(0.0, 0.0), corner(0.25, 0.25), corner(1.0, 1.0)]
+    assert [c.cost for c in thresholds._upper(line)] == [0.0, 1.0]   # a mixture of two is no corner
+
+
+def test_shares_between_two_corners_are_mixed_and_beyond_the_last_are_its_own():
+    found = thresholds.shares_on([corner(0.2, 0.1), corner(0.6, 0.9)], np.array([0.1, 0.2, 0.3, 0.6, 0.9]))
+    np.testing.assert_allclose(found, [[0.8, 0.2], [0.8, 0.2], [0.7, 0.3], [0.4, 0.6], [0.4, 0.6]])
+
+
+def test_corners_are_searched_until_their_costs_are_close(known):
+    solver = PriceSolver(known[0], probability_right(*known), np.array(COSTS))
+    counts = []
+    for resolution in (1.0, 1 / 4, 1 / 25, 0.0):
+        corners = hull(solver, resolution)
+        costs = [c.cost for c in corners]
+        counts.append(len(corners))
+        assert costs[0] == 1.0 and costs[-1] == pytest.approx(5.38833333)
+        slopes = np.diff([c.value for c in corners]) / np.diff(costs)
+        assert (np.diff(slopes) < 0).all() and slopes[-1] > 0
+    assert counts == [2, 6, 22, counts[-1]] and counts[-1] > 22
+
+
+def test_shares_become_thresholds_and_nobody_left_over_means_that_everybody_leaves():
+    confidence = np.array([[0.9, 0.5, 0.7, 0.1], [0.2, 0.4, 0.6, 0.8], [0.3] * 4])
+    for total in (1.0, 2.0, 1 + 1e-9):
+        assert fit_shares(confidence, total * np.array([0.5, 0.25, 0.25])).tolist() == [0.7, 0.8, -np.inf]
+    assert fit_shares(confidence, np.array([0.5, 0.5, 0.0])).tolist() == [0.7, -np.inf, -np.inf]
+    assert fit_shares(confidence, np.array([0.5, 0.39, 0.11])).tolist()[1] == -np.inf   # less than half an input is nobody
+    assert fit_shares(confidence, np.array([0.5, 0.3, 0.2])).tolist()[1] > 0
+
+
+# Curves and what is said of them
+
+def test_a_paired_gain_by_hand():
+    correct = np.zeros((2, 1000), bool)
+    correct[0, :30], correct[1, 30:40], correct[:, 40:] = True, True, True
+    confidence = np.ones((2, 1000))
+    gain, (low, high) = thresholds._paired_gain(confidence, correct, np.array([-np.inf, -np.inf]), np.array([np.inf, -np.inf]))
+    assert gain == pytest.approx(2.0)   # 30 won, 10 lost
+    spread = 1.96 * 100 * math.sqrt((0.04 - 0.02 ** 2) / 1000)
+    assert (low, high) == (pytest.approx(2 - spread, abs=0.11), pytest.approx(2 + spread, abs=0.11))
+    assert thresholds._paired_gain(confidence, correct, *[np.array([-np.inf, -np.inf])] * 2) == (0.0, [0.0, 0.0])
+
+
+def test_points_of_an_optimised_curve_are_what_their_thresholds_give(known):
+    new = exit_in_the_middle_of_no_use(np.random.default_rng(24), 500)
+    points = thresholds.optimised_curve(*known, *new, COSTS, [4.5, 1.7])
+    plain = budget_curve(*known, *new, COSTS, [4.5, 1.7])
+    assert [point["budget"] for point in points] == [1.7, 4.5]
+    for point, other, shares in zip(points, plain, BestShares(*known, COSTS).at([1.7, 4.5])):
+        assert point["shares"] == shares.tolist()
+        assert point["thresholds"] == fit_shares(known[0], shares).tolist()
+        for kind, images in (("valid", known), ("test", new)):
+            top1, cost, share = evaluate_thresholds(*images, point["thresholds"], COSTS)
+            assert (point[f"{kind}_top1"], point[f"{kind}_mean_macs"]) == pytest.approx((top1, cost))
+            assert point[f"{kind}_exit_share"] == pytest.approx(share)
+        assert point["test_gain"] == pytest.approx(point["test_top1"] - other["test_top1"])
+        low, high = point["test_gain_interval"]
+        assert low < point["test_gain"] < high
+    assert points[0]["test_gain"] == pytest.approx(6.4) and points[0]["test_gain_interval"] == pytest.approx([2.8, 10.2], abs=0.3)
+    assert [point["budget"] for point in thresholds.optimised_curve(*known, *new, COSTS)] == budget_grid(COSTS).tolist()
+
+
+@pytest.mark.parametrize(("points", "text"), [
+    ([(10, 1.0, 0.5, 1.5), (50, 2.0, -1.0, 3.0), (90, -1.0, -2.0, -0.5)],
+     "+0.50 points of test accuracy on average of 2 budgets above 40 % of the MACs (from -1.00 to +2.00); the 95 % interval lies "
+     "above 0 at 0 of them, below 0 at 1"),
+    ([(10, 1.0, 0.5, 1.5), (40, 3.0, 0.0, 4.0)],
+     "+2.00 points of test accuracy on average of 2 budgets (from +1.00 to +3.00); the 95 % interval lies above 0 at 1 of them, "
+     "below 0 at 0"),
+    ([(40.1, 1.0, 0.5, 1.5), (99, 3.0, -1.0, 0.0)],
+     "+2.00 points of test accuracy on average of 2 budgets (from +1.00 to +3.00); the 95 % interval lies above 0 at 1 of them, "
+     "below 0 at 0")])
+def test_one_line_on_a_curve(points, text):
+    rows = [{"budget": budget, "test_gain": gain, "test_gain_interval": [low, high]} for budget, gain, low, high in points]
+    assert thresholds.describe_gain(rows, [1.0, 100.0]) == f"Over eq. 9 at the same budget: {text}"
+
+
+def test_a_promise_as_a_point_and_in_words(known):
+    new = exit_in_the_middle_of_no_use(np.random.default_rng(24), 500)
+    point = thresholds.promise_point(*known, *new, COSTS, 6.0, 0.8)
+    found = certify(*known, COSTS, 6.0, 0.8)
+    assert point["thresholds"] == found.thresholds.tolist()
+    said = {"budget": found.mean_cost, "max_drop": 6.0, "confidence_level": 0.8, "certified": True, "n_fit": 300, "n_tested": 300,
+            "valid_drop": found.drop}
+    assert {name: point[name] for name in said} == said
+    for kind, images in (("valid", known), ("test", new)):
+        assert point[f"{kind}_top1"] == pytest.approx(evaluate_thresholds(*images, point["thresholds"], COSTS)[0])
+    words = thresholds.describe_promise(point, chosen_on_hold_out=False)
+    assert words == ("With probability 0.8 over the draw of the held-out images, accuracy lies at most 6 points below the whole "
+                     "network's on new images like the held-out ones (fitted on 300 of them, tested on 300)")
+    assert thresholds.describe_promise(point, chosen_on_hold_out=True).startswith(words + "\nwarning: this epoch was chosen")
+    none = thresholds.describe_promise({**point, "certified": False}, chosen_on_hold_out=False)
+    assert none == ("No early exit could be certified to lose at most 6 points with 300 held-out images: these are the "
+                    "thresholds of the whole network")
 
 
 # Through the entry points
