@@ -58,7 +58,7 @@ TARGETS = {
     "models.backbone": ("test_chain", "protocol or backbone or frozen"),
     "models.folding": ("test_chain", "folded"),
     "utils.report": ("test_report", ""),
-    "utils.reports.finished_runs": ("test_report test_ablation test_plots", ""),
+    "utils.reports.finished_runs": ("test_finished_runs test_report", "test_finished_runs or every_command"),
     "utils.methods.losses": ("test_objective test_methods", "test_objective or distillation or teacher_s or by_hand"),
     "utils.methods.base": ("test_methods", "lowers or epsilon_zero or a_start_takes or sum_over"),
     "utils.methods.distillation": ("test_methods", "distillation and not refused or teacher_s"),
