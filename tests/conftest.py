@@ -53,7 +53,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"deselected {count} {'test' if count == 1 else 'tests'} marked {reason}")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder with cifar100/{train,test}/<class>/*.png and imagenet_sample/<wnid>/*.JPEG, for tests marked realdata."""
     return Path(os.environ[VARIABLE])
