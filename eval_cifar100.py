@@ -7,6 +7,7 @@ import sys
 
 from args import choose_network, parse_args, require_effect
 from dataloader import Data, build_data
+from utils.core.distributed import refuse_other_processes
 from utils.core.errors import user_errors
 from utils.core.log import note
 from utils.core.machine import choose_device
@@ -19,6 +20,7 @@ from utils.runs.restore import hold_out, take_over
 @user_errors()
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv, task="evaluation")
+    refuse_other_processes("eval_imagenet.py")
     saved = checkpoint.load(args.evaluate_from, args.checkpoint_key)
     split = take_over(args, saved)   # what was trained decides what is evaluated
     if "architecture" not in saved:

@@ -12,7 +12,7 @@ import torch
 
 from args import choose_network, keep_lr_step, parse_args, require_unchanged
 from dataloader import build_data
-from utils.core.distributed import rank, world_size, wrap
+from utils.core.distributed import rank, refuse_other_processes, world_size, wrap
 from utils.core.errors import STOPPED, user_errors
 from utils.core.log import note
 from utils.core.machine import choose_device
@@ -42,6 +42,7 @@ from utils.training.trainer import Trainer
 @user_errors()
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv, task="training")
+    refuse_other_processes("train_imagenet.py")
     device = choose_device(args.device, args.gpu, args.threads)
     with StopSignals(begun=False) as signals:
         return train(args, device, signals)

@@ -49,6 +49,15 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
 
 
+@pytest.mark.parametrize(("name", "epochs", "kind"), [
+    (LATEST, 3, "last epoch"), (PREVIOUS, 3, "last epoch"), (LATEST, 9, "epoch"), ("model_best.pth", 3, "best on hold-out"),
+    ("copy.pth", 3, "best on hold-out"), (LATEST, None, "best on hold-out")])
+def test_the_latest_checkpoint_of_an_older_version_is_not_called_the_best(tmp_path, name, epochs, kind):
+    training = {**TRAINING, "config": {"epochs": epochs}} if epochs else []
+    checkpoint.save(tmp_path / name, {**content(), "epoch_kind": "best on hold-out", "training": training})
+    assert checkpoint.load(tmp_path / name)["epoch_kind"] == kind
+
+
 @pytest.mark.parametrize("hard_links", [True, False])
 def test_the_checkpoint_before_stays_until_the_next_save(tmp_path, monkeypatch, hard_links):
     if not hard_links:

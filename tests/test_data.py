@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from dataloader import build_data
 from utils.core.errors import UserError
 from utils.core.files import LEFT_OVER_S, TEMPORARY
+from utils.core.log import close_log
 from utils.data import cache as array_cache
 from utils.data import cifar, glyphs
 from utils.data import small_images as images
@@ -348,6 +349,26 @@ def test_cache_of_read_only_data_goes_to_the_users_cache_folder(tmp_path, cache_
     assert len(list((cache_home / "boostnet").glob("images-*.npz"))) == 1 and not (tmp_path / ".boostnet_images.npz").exists()
     monkeypatch.setattr(images, "decode_all", None)
     assert torch.equal(open_folder(tmp_path)._train_set.images, first._train_set.images)
+
+
+def test_one_line_says_what_is_read_once_and_where_it_is_kept(tmp_path, cache_home, monkeypatch, capsys):
+    make_folder(tmp_path)
+    close_log()   # of another test in this process
+    n_files = len(list(tmp_path.rglob("*.png")))
+    open_folder(tmp_path, quiet=False)
+    assert capsys.readouterr().out == f"reading {n_files} images of {tmp_path} once; kept in {tmp_path}/.boostnet_images.npz\n"
+    assert (tmp_path / ".boostnet_images.npz").is_file()
+    open_folder(tmp_path, quiet=False)
+    assert capsys.readouterr().out == ""
+    (tmp_path / ".boostnet_images.npz").unlink()
+    access = os.access   # for root, everything is writable
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
+    open_folder(tmp_path, quiet=False)
+    assert f"kept in {cache_home / 'boostnet' / 'images-'}" in capsys.readouterr().out
+    (tmp_path / ".boostnet_images.npz").unlink()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    open_folder(tmp_path, quiet=False)
+    assert capsys.readouterr().out == f"reading {n_files} images of {tmp_path}\n"
 
 
 def test_data_are_usable_where_nothing_is_writable(tmp_path, monkeypatch, caplog):

@@ -16,6 +16,8 @@ from jobs import MINUTE, ROOT, end, finish, kill_rank, launch, wait_until
 from tiny import differences, make_images, one_line_error, outcome
 from torch import nn
 
+import eval_cifar100
+import train_cifar100
 import train_imagenet
 from args import parse_args
 from dataloader import build_data
@@ -338,6 +340,19 @@ def test_copies_that_a_scheduler_starts_are_told_about_torchrun(monkeypatch, cap
         monkeypatch.setenv("SLURM_NTASKS", tasks)
         with distributed.process_group(torch.device("cpu")):
             assert ("torchrun" in caplog.text) == warned
+        distributed.refuse_other_processes("train_imagenet.py")
+        assert ("use train_imagenet.py" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(("program", "flags"), [("train", "--result_dir r"), ("eval", "--evaluate-from no.pth")])
+def test_a_program_for_one_process_refuses_to_be_one_of_several(monkeypatch, tmp_path, capsys, program, flags):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.chdir(tmp_path)
+    main = {"train": train_cifar100, "eval": eval_cifar100}[program].main
+    message = one_line_error(capsys, lambda: main(flags.split()))
+    assert "WORLD_SIZE=4" in message and f"{program}_imagenet.py runs in several processes" in message
+    assert not list(tmp_path.iterdir())
 
 
 def test_processes_started_by_different_commands_are_refused(monkeypatch):

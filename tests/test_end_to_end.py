@@ -55,7 +55,8 @@ def test_training_leaves_results_log_and_tensorboard(run):
 
 
 def test_the_log_says_first_what_is_trained_on_what(images, run):
-    first, second = (line.partition(" ")[2].partition(" ")[2] for line in (run / "train.log").read_text().splitlines()[:2])
+    lines = [line.partition(" ")[2].partition(" ")[2] for line in (run / "train.log").read_text().splitlines()]
+    first, second = [line for line in lines if not line.startswith("reading 60 images")][:2]   # not where a cache has them
     assert first == f"folder ({images}): 40 training images of 3 classes, 8 held out, 12 test images"
     macs, params = (json.loads((run / "results.json").read_text())["test"][name] for name in ("macs", "params"))
     assert second.startswith(f"msdnet_ge, boost: 2 exits, {macs[0] / 1e6:.2f} to {macs[1] / 1e6:.2f} million MACs, "
@@ -99,7 +100,7 @@ def test_the_checkpoint_is_all_that_evaluation_needs(images, run, capsys):
     best = json.loads((run / "results.json").read_text())["best"]
     assert (saved["epoch"], saved["epoch_kind"]) == (best["epoch"], "best on hold-out") and best["chosen_on"] == "hold-out"
     latest = checkpoint.load(run / "model_latest.pth")
-    assert (latest["epoch"], latest["epoch_kind"]) == (2, "best on hold-out" if best["epoch"] == 2 else "last epoch")
+    assert (latest["epoch"], latest["epoch_kind"]) == (2, "last epoch")   # also where it is the best
     assert json.loads((run / "results.json").read_text())["test"]["epoch_kind"] == "last epoch"
 
 

@@ -78,10 +78,7 @@ def _was_launched() -> bool:
     """
     missing = [name for name in VARIABLES if name not in os.environ]
     if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
-        copies = os.environ.get("SLURM_NTASKS", "1")
-        if copies.isdigit() and int(copies) > 1:
-            logger.warning("warning: SLURM_NTASKS is %s, but each of these processes runs for itself; to have them share a run, "
-                           "start one task per machine, and in it torchrun --nproc_per_node=GPUS ...", copies)
+        _warn_of_copies("start one task per machine, and in it torchrun --nproc_per_node=GPUS ...")
         return False
     if missing:
         raise UserError(f"{' and '.join(name for name in VARIABLES if name not in missing)} in the environment, but not "
@@ -91,6 +88,29 @@ def _was_launched() -> bool:
         raise UserError(f"RANK={rank} in the environment, but with WORLD_SIZE={world} the processes are numbered from 0 to "
                         f"{int(world) - 1}")
     return True
+
+
+def _warn_of_copies(advice: str) -> None:
+    copies = os.environ.get("SLURM_NTASKS", "1")
+    if copies.isdigit() and int(copies) > 1:
+        logger.warning("warning: SLURM_NTASKS is %s, but each of these processes runs for itself; to have them share a run, %s",
+                       copies, advice)
+
+
+def refuse_other_processes(program: str) -> None:
+    """Refuse to be one of several processes that torchrun started, in a program that runs in one.
+
+    Args:
+        program: what runs in several.
+    Raises:
+        UserError: when the environment speaks of more processes than one.
+    """
+    several = f"{program} runs in several processes, with --dataset imagenet or folder"
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world.isdigit() and int(world) > 1:
+        raise UserError(f"WORLD_SIZE={world} in the environment, but this program runs in one process: start it without "
+                        f"torchrun, or unset the variable; {several}")
+    _warn_of_copies(f"use {several}")
 
 
 def wrap(model: nn.Module, device: torch.device, *, averages: bool = True) -> nn.Module:

@@ -29,6 +29,15 @@ def places_for(data_root: Path, kind: str) -> list[Path]:
     return [data_root / f".boostnet_{kind}.npz", *in_user_cache(f"{kind}-{root}.npz")]
 
 
+def place_to_write(places: list[Path]) -> Path | None:
+    """The first of these files that can be written, as far as one can tell beforehand; None where none can."""
+    def is_writable(place: Path) -> bool:
+        nearest = next(folder for folder in place.absolute().parents if os.path.exists(folder))
+        return os.access(nearest, os.W_OK)
+
+    return next(filter(is_writable, places), None)
+
+
 def load_or_build(places: list[Path], key: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The arrays stored under `key` in one of the files `places`, else those of `build()`, stored in the first writable one.
 

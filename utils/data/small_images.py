@@ -7,7 +7,8 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.core.errors import UserError
-from utils.data.cache import load_or_build, places_for
+from utils.core.log import note
+from utils.data.cache import load_or_build, place_to_write, places_for
 from utils.data.decoders import decode
 from utils.data.folders import Listing
 from utils.data.workers import in_parallel
@@ -31,15 +32,20 @@ def read_class_folders(data_root: Path, train: Listing | None, test: Listing, im
         UserError: on an unreadable image or one of another size.
     """
     parts = {"train": train, "test": test} if train else {"test": test}
+    places = places_for(data_root, "images" if train else "test_images")
 
     def build() -> dict[str, np.ndarray]:
+        if not quiet:   # a minute of silence where there is no terminal to show a bar
+            n_images, place = sum(len(listing.files) for listing in parts.values()), place_to_write(places)
+            note(f"reading {n_images:,} images of {data_root} once; kept in {place}" if place else
+                 f"reading {n_images:,} images of {data_root}")
         arrays = {"class_names": np.array(test.class_names)}
         for part, listing in parts.items():
             arrays |= {f"{part}_images": decode_all(listing, image_size, quiet), f"{part}_labels": listing.labels}
         return arrays
 
     key = " ".join([f"{FORMAT} {image_size}", *(listing.content_key() for listing in parts.values())])
-    return load_or_build(places_for(data_root, "images" if train else "test_images"), key, build)
+    return load_or_build(places, key, build)
 
 
 def decode_all(listing: Listing, image_size: int, quiet: bool) -> np.ndarray:

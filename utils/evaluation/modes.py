@@ -30,7 +30,7 @@ from utils.evaluation.reliability import ideal_score, reliability
 from utils.evaluation.runtime import open_runtime
 from utils.evaluation.thresholds import describe_gain, describe_promise, optimised_curve, promise_point
 from utils.options.catalog import THRESHOLDS
-from utils.runs.checkpoint import LATEST, hash_weights
+from utils.runs.checkpoint import hash_weights
 from utils.runs.restore import restore, spec_of
 from utils.runs.result_files import FAMILIES, describe, stem
 
@@ -54,8 +54,7 @@ def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torc
     # A released checkpoint says nothing about itself.
     split = data.split.to_dict() if data.split else None
     about = header({**spec.to_checkpoint(), "dataset": args.dataset, "split": split, **saved}, folder, model, data, **reading)
-    # The latest epoch is taken whatever the hold-out says, also where it happens to be the best one.
-    chosen = "hold-out" in (about["epoch_kind"] or "") and Path(args.evaluate_from).name != LATEST
+    chosen = "hold-out" in (about["epoch_kind"] or "")
     if args.publish:
         publish(model, saved, data, folder, about=about, source=source, dynamic=args.evalmode == "dynamic",
                 details=args.publish_details)

@@ -138,7 +138,16 @@ def load(path: str | Path, key: str | None = None) -> dict[str, Any]:
             found["method"] = METHOD_OF_ENTRY[entry]
         return found
     _check(content, CONTENT, f"{path} is not a checkpoint of this project")
-    return {**content, "state_dict": weights}
+    return {**content, "state_dict": weights, "epoch_kind": _epoch_kind(path, content)}
+
+
+def _epoch_kind(path: Path, content: dict[str, Any]) -> str:
+    """How the epoch of a checkpoint was chosen. Older versions called the latest one the best where it happened to be."""
+    kind, training = content["epoch_kind"], content.get("training")
+    config = training.get("config") if isinstance(training, dict) else None
+    if not kind.startswith("best on") or path.name not in (LATEST, PREVIOUS) or not isinstance(config, dict):
+        return kind
+    return "last epoch" if config.get("epochs") == content["epoch"] else "epoch"
 
 
 def _check(content: Any, expected: dict[str, Any], complaint: str) -> None:

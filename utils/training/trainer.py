@@ -107,7 +107,7 @@ class Trainer:
         # The first process decides for all, which may not see the same files.
         if distributed.any_rank(distributed.is_main() and finished(self.run.folder, self.epoch)):
             return
-        about = header({**self.content(), "epoch_kind": "last epoch"}, self.run.folder, self.judged, self.data)
+        about = header(self.content(), self.run.folder, self.judged, self.data)
         self.run.results["test"] = evaluate_anytime(self.judged, self.data, self.run.folder, about=about)
         self.run.save_results()
 
@@ -292,16 +292,18 @@ class Trainer:
         return [name for name, epoch in chosen.items() if epoch == self.epoch and not self.figures.steps]
 
     def _save_chosen(self, name: str, content: dict[str, Any]) -> None:
-        kind = {"epoch_kind": "best on test set"} if name == checkpoint.TEST_BEST else {}
-        checkpoint.save(self.run.folder / name, {**content, **kind})
+        kind = content["epoch_kind"]
+        if name == checkpoint.TEST_BEST:
+            kind = "best on test set"
+        elif self.data.n_valid:
+            kind = f"best on {self.best['chosen_on']}"
+        checkpoint.save(self.run.folder / name, {**content, "epoch_kind": kind})
 
     def content(self) -> dict[str, Any]:
-        """What a checkpoint for evaluation holds."""
+        """What a checkpoint for evaluation holds, the latest one, which is taken whether or not it is the best."""
         kind = "last epoch" if self.epoch == self.epochs else "epoch"
         if self.figures.steps:
             kind = self._place()
-        elif self.data.n_valid and self.best["epoch"] == self.epoch:
-            kind = f"best on {self.best['chosen_on']}"
         averaged = {"ema": self.average.decay} if self.average else {}
         return {"state_dict": self.judged.backbone.state_dict(), **averaged, **self.description, "epoch": self.epoch,
                 "epoch_kind": kind}
