@@ -50,7 +50,11 @@ TARGETS = {
                                     "or one_line or in_words"),
     "utils.evaluation.early_exit": ("test_early_exit test_drift", "(test_early_exit and not forms_for_inference) or counted or "
                                     "cut_short or no_decision or mistakes"),
-    "utils.evaluation.predict": ("test_evaluation", ""),
+    "utils.evaluation.predict": ("test_evaluation test_calibration", "test_evaluation or definitions or details_are or no_answer "
+                                 "or read_as_the"),
+    "utils.evaluation.drift": ("test_drift", ""),
+    "utils.evaluation.reliability": ("test_calibration", "definitions or order_of_equally or ideal_score"),
+    "utils.evaluation.scores": ("test_scores", ""),
     "models.boosted_head": ("test_models", "boosted_head or temperatures or ablation"),
     "utils.data.sampling": ("test_split", ""),
     "utils.data.split": ("test_split", ""),

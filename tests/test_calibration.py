@@ -63,6 +63,8 @@ def test_the_order_of_equally_confident_inputs_decides_nothing():
     one, other = reliability(confidence, correct), reliability(confidence, correct[:, ::-1])
     assert one == other and one["ece"] == pytest.approx([0]) and one["aurc"] == pytest.approx([0.5])
     assert len(one["bins"][0]["share"]) == 15
+    mixed = np.array([[0.9, 0.5, 0.9, 0.5]]), np.array([[True, False, False, True]])
+    assert reliability(*mixed)["bins"][0]["accuracy"] == [0.5] * 4 and reliability(*mixed)["ece"] == pytest.approx([0.2])
     mean, accuracy, share = equal_mass_bins(np.array([0.9, 0.1]), np.array([1.0, 0.0]))   # fewer inputs than bins
     assert (mean.tolist(), accuracy.tolist(), share.tolist()) == ([0.9, 0.1], [1, 0], [0.5, 0.5])
 
@@ -81,6 +83,7 @@ def test_ideal_score_leaves_at_the_first_right_exit_and_at_the_first_where_none_
     correct = np.array([[0, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 1]], bool)
     found = ideal_score(correct, [1.0, 2.0, 4.0])
     assert found == {"top1": 75.0, "mean_macs": pytest.approx((2 + 1 + 1 + 4) / 4), "exit_share": [0.5, 0.25, 0.25]}
+    assert ideal_score(correct[:, 1:2], [1.0, 2.0, 4.0])["exit_share"] == [1, 0, 0]
 
 
 # Temperatures

@@ -138,9 +138,43 @@ def test_evidence_is_the_ratio_of_the_two_predictions_of_the_same_decisions():
     assert log_evidence([0, *left[:2], 0, 0], [99, *stayed[:2], 99, 0], unused) == log_evidence(left, stayed, held_out)
 
 
+def test_evidence_of_a_long_stream_is_finite():
+    assert 1e4 < log_evidence([900_000, 0], [100_000, 0], [5_000, 45_000]) < 1e6   # its exponential is too large for a number
+
+
+def test_exits_that_were_counted_elsewhere():
+    monitor = ExitMonitor([0.5, 0.3, 0.2], 100, [1.0, 2.0, 4.0])
+    empty = monitor.summary()
+    assert (empty.n_images, empty.mean_cost, empty.p_value, empty.exit_share) == (0, None, 1, [0, 0, 0])
+    assert empty.held_out_cost == pytest.approx(1.9)
+    monitor.add([1, 0, 0])
+    assert monitor.summary().exit_share == [1, 0, 0]
+    monitor.reset()
+    monitor.add([5, 3, 2])
+    monitor.add([1, 0, 0])
+    assert (monitor._left, monitor._stayed, monitor._ended) == ([6, 3, 0], [5, 2, 0], [0, 0, 2])
+    found = monitor.summary()
+    assert found.n_images == 11 and found.exit_share == pytest.approx([6 / 11, 3 / 11, 2 / 11])
+    assert "mean cost 1.818" in str(found).splitlines()[1] and "mean cost 1.9" in str(found).splitlines()[2]
+    monitor.reset()
+    assert monitor.summary() == empty
+    assert "cost" not in str(ExitMonitor([0.5, 0.5], 10).summary())
+
+
+def test_a_monitor_for_exported_thresholds():
+    about = {"hold_out": {"n_images": 50, "exit_share": [[1.0, 0.0], [0.4, 0.6]]}, "macs": [1, 2], "thresholds": "promise"}
+    monitor = ExitMonitor.of_export(about, 1)
+    assert (monitor.held_out_share, monitor.n_held_out, monitor.costs, monitor.thresholds) == ([0.4, 0.6], 50, [1, 2], "promise")
+    for older in ({**about, "hold_out": None}, {"macs": [1, 2]}):
+        with pytest.raises(ValueError, match="export the network again"):
+            ExitMonitor.of_export(older, 0)
+
+
 def test_mistakes():
-    with pytest.raises(ValueError, match="sum 1"):
-        ExitMonitor([0.5, 0.4], 10)
+    for share, n in (([0.5, 0.4], 10), ([1.5, -0.5], 10), ([], 10), ([0.5, 0.5], 0)):
+        with pytest.raises(ValueError, match="sum 1"):
+            ExitMonitor(share, n)
+    ExitMonitor([1.0], 1)
     with pytest.raises(ValueError, match="2 numbers"):
         ExitMonitor([0.5, 0.5], 10, [1.0])
     model = BoostedNet(Given(), [0.0] * N_EXITS).eval()

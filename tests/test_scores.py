@@ -36,6 +36,8 @@ def test_scores_grow_with_certainty():
     same = given.details["prediction"][1:] == given.details["prediction"][:-1]
     agree = found["agreement with the exit before, then confidence"]
     assert agree[1:][same].min() > agree[1:][~same].max() and np.allclose(agree[0], given.confidence[0] + 1)
+    in_a_row, numbers = found["exits in a row that agree, then confidence"], agreement(given.details["prediction"])
+    assert all(in_a_row[numbers == n + 1].min() > in_a_row[numbers == n].max() for n in (1, 2))
     order = np.argsort(given.confidence[2][same[1]])
     assert np.array_equal(order, np.argsort(agree[2][same[1]]))
 
