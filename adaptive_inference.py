@@ -24,7 +24,7 @@ __all__ = ["EarlyExit", "Exits", "budget_curve", "budget_grid", "combine_sizes",
            "released_sweep", "solve_exit_rate"]
 
 BUDGET_TOLERANCE = 1e-9  # relative; for Newton's stop and for budgets a rounding error outside the reachable range
-RELEASED_NOBODY = 1e8  # the released program's threshold that no confidence reaches; its negative lets everybody leave
+RELEASED_NONE_LEAVE = 1e8  # the released program's threshold that no confidence reaches; its negative lets everybody leave
 
 
 def __getattr__(name: str):
@@ -107,7 +107,7 @@ def fit_thresholds(confidence, shares) -> np.ndarray:
         confidence: (n_exits, N) of the hold-out set.
         shares: (n_exits,), non-negative, sum 1.
     Returns:
-        (n_exits,) in the type of `confidence`, so that comparisons with it are exact. +inf where nobody leaves (quota
+        (n_exits,) in the type of `confidence`, so that comparisons with it are exact. +inf where no input leaves (quota
         0), -inf where everybody does: fewer inputs are left than the quota, and always at the last exit.
     """
     confidence = _check_confidence(confidence)
@@ -119,7 +119,7 @@ def fit_thresholds(confidence, shares) -> np.ndarray:
         raise ValueError(f"shares must be non-negative with sum 1, got {shares.tolist()}")
     # The small term forgives products such as 0.29 * 100 that fall just below the whole number they stand for.
     quotas = np.floor(shares * n_samples + 1e-9).astype(np.int64)
-    return _fit_quotas(confidence, quotas, nobody=np.inf, too_few_left=-np.inf)
+    return _fit_quotas(confidence, quotas, none_leave=np.inf, too_few_left=-np.inf)
 
 
 def exit_index(confidence, thresholds) -> np.ndarray:
@@ -141,9 +141,9 @@ def evaluate_thresholds(confidence, correct, thresholds, cumulative_costs) -> tu
     return 100.0 * n_correct / n_samples, float(counts @ costs) / n_samples, counts / n_samples
 
 
-def _fit_quotas(confidence: np.ndarray, quotas: Sequence[int], *, nobody: float, too_few_left: float) -> np.ndarray:
+def _fit_quotas(confidence: np.ndarray, quotas: Sequence[int], *, none_leave: float, too_few_left: float) -> np.ndarray:
     """Thresholds for the given number of inputs per exit; the last exit takes what is left, whatever its quota."""
-    thresholds = np.full(len(confidence), nobody, confidence.dtype)
+    thresholds = np.full(len(confidence), none_leave, confidence.dtype)
     left = np.arange(confidence.shape[1])
     for k, quota in enumerate(quotas[:-1]):
         present = confidence[k].take(left)
@@ -153,7 +153,7 @@ def _fit_quotas(confidence: np.ndarray, quotas: Sequence[int], *, nobody: float,
             rank = present.size - quota
             thresholds[k] = np.partition(present, rank)[rank]
         left = left.compress(present < thresholds[k])  # several times faster than indexing with the mask
-    thresholds[-1] = -nobody
+    thresholds[-1] = -none_leave
     return thresholds
 
 
@@ -279,7 +279,7 @@ def measure(split: str, confidence, correct, thresholds, costs) -> dict:
 def released_sweep(val_confidence, val_correct, test_confidence, test_correct, cumulative_costs) -> list[dict]:
     """The 39 points of the released program, with its numbers: shares proportional to q^n for q = 1/20 ... 39/20.
 
-    Unlike `fit_thresholds`, an exit whose quota exceeds the inputs left lets nobody leave; thresholds are +-1e8 instead
+    Unlike `fit_thresholds`, an exit whose quota exceeds the inputs left lets no input leave; thresholds are +-1e8 instead
     of +-inf; and confidences, shares, quotas and costs are float32, which decides quotas such as 0.95 * 1000.
 
     Returns:
@@ -300,7 +300,7 @@ def released_sweep(val_confidence, val_correct, test_confidence, test_correct, c
     for step in range(1, 40):
         shares = released_shares(step / 20, n_exits)
         quotas = np.floor(np.float32(n_val) * shares).astype(np.int64)
-        thresholds = _fit_quotas(val_confidence, quotas, nobody=RELEASED_NOBODY, too_few_left=RELEASED_NOBODY)
+        thresholds = _fit_quotas(val_confidence, quotas, none_leave=RELEASED_NONE_LEAVE, too_few_left=RELEASED_NONE_LEAVE)
         n_val_correct, _ = _count(val_confidence, val_correct, thresholds)
         n_test_correct, test_counts = _count(test_confidence, test_correct, thresholds)
         val_accuracy, test_accuracy = 100.0 * n_val_correct / n_val, 100.0 * n_test_correct / n_test

@@ -21,7 +21,7 @@ from utils.core.errors import STOPPED
 from utils.evaluation import calibration
 from utils.evaluation import modes as evaluation
 from utils.training import trainer
-from utils.training.engine import EpochFigures
+from utils.training.engine import EpochMeters
 
 
 def run_all(runs: list[dict], folder: Path) -> list[float]:
@@ -69,10 +69,10 @@ def main() -> None:
         # One group for all runs: torchrun's store still has the addresses of a group that was there before.
         train_imagenet.process_group = eval_imagenet.process_group = lambda *_: nullcontext()
         validated = run_all(json.loads((folder / "runs.json").read_text()), folder)
-        figures, restored = (EpochFigures(1, torch.device("cpu")) for _ in range(2))
-        figures.sums += distributed.rank() + 1
-        figures.samples = 10 * (distributed.rank() + 1)
-        restored.load_state_dict(figures.state_dict())
+        meters, restored = (EpochMeters(1, torch.device("cpu")) for _ in range(2))
+        meters.sums += distributed.rank() + 1
+        meters.samples = 10 * (distributed.rank() + 1)
+        restored.load_state_dict(meters.state_dict())
         report = {"changed": list(changed), "validated": validated, "world": distributed.world_size(),
                   "differences": distributed.differences({"one": "a", "number": distributed.rank()}),
                   "any": distributed.any_rank(distributed.rank() == 1), "none": distributed.any_rank(False),

@@ -141,7 +141,7 @@ def test_the_released_rule_for_unfilled_quotas_misses_the_budget_that_ours_keeps
     assert ai.fit_thresholds(confidence, shares).tolist() == [1.0, 0.4000000059604645, -math.inf, -math.inf]
     quotas = np.array([2, 3, 3, 2])
     assert ai.fit_thresholds(confidence, np.array(quotas) / 10).tolist() == [1.0, -math.inf, -math.inf, -math.inf]
-    assert ai._fit_quotas(confidence, quotas, nobody=1e8, too_few_left=1e8).tolist() == [1.0, 1e8, 1e8, -1e8]
+    assert ai._fit_quotas(confidence, quotas, none_leave=1e8, too_few_left=1e8).tolist() == [1.0, 1e8, 1e8, -1e8]
 
 
 def test_sweep_over_ten_exits_and_100000_inputs_takes_about_a_second_at_most():

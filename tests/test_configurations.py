@@ -12,7 +12,7 @@ from args import parse_args
 from utils.methods import Method
 from utils.options.network import NetworkSpec
 from utils.runs.restore import build_model
-from utils.training.engine import EpochFigures, train_epoch
+from utils.training.engine import EpochMeters, train_epoch
 
 CONFIGURATIONS = {entry["name"]: entry for entry in
                   json.loads(Path(__file__).with_name("data").joinpath("macs.json").read_text())["configs"]}
@@ -29,10 +29,10 @@ def test_the_network_takes_a_training_step_on_two_images(name):
     torch.manual_seed(0)
     model = build_model(NetworkSpec.from_args(args))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    figures = EpochFigures(model.n_exits, torch.device("cpu"))
+    meters = EpochMeters(model.n_exits, torch.device("cpu"))
     batch = torch.randn(2, 3, args.image_size, args.image_size), torch.randint(args.num_classes, (2,)), 1.0
-    assert train_epoch(Method(model, optimizer), [batch], figures, after_step=lambda step: False)
-    losses = figures.summary()["train_loss"]
+    assert train_epoch(Method(model, optimizer), [batch], meters, after_step=lambda step: False)
+    losses = meters.summary()["train_loss"]
     assert len(losses) == CONFIGURATIONS[name]["exits"]
     assert all(0 < loss < 10 * math.log(args.num_classes) for loss in losses)
     for tensor, parameter in model.named_parameters():

@@ -38,7 +38,7 @@ from utils.runs.restore import build_model
 from utils.training import start as beginning
 from utils.training import trainer
 from utils.training.average import WeightAverage
-from utils.training.engine import EpochFigures
+from utils.training.engine import EpochMeters
 from utils.training.fast_forward import training_forward
 from utils.training.optim import Schedule, build_optimizer
 
@@ -118,13 +118,13 @@ def test_two_processes_train_as_their_parts_of_each_batch_do_one_after_the_other
     optimizer = build_optimizer(model.backbone, name="sgd", lr=args.lr_f, momentum=0.9, weight_decay=args.weight_decay)
     schedule = Schedule(args.lr_type, args.lr_f, 1)
     method = build_method(args, model, optimizer, network=training_forward(model, batch_size=3))
-    in_turn, figures = InTurn(method, 2), EpochFigures(model.n_exits, torch.device("cpu"))
+    in_turn, meters = InTurn(method, 2), EpochMeters(model.n_exits, torch.device("cpu"))
     average = WeightAverage(model, args.ema) if args.ema else None
     for i, parts in enumerate(zip(*(one.train(0) for one in each), strict=True)):
         for one, rate in ((optimizer, schedule), *((o, schedule.cosine(o.defaults["lr"])) for o in method.other_optimizers)):
             one.param_groups[0]["lr"] = rate(i / 7)
         for outcome_ in in_turn.step(parts):
-            figures.add(outcome_.predictions, outcome_.labels, outcome_.per_sample)
+            meters.add(outcome_.predictions, outcome_.labels, outcome_.per_sample)
         with in_turn.own_buffers(0):
             if average:
                 average.update()
@@ -139,7 +139,7 @@ def test_two_processes_train_as_their_parts_of_each_batch_do_one_after_the_other
     torch.testing.assert_close(saved["training"].get("weights", saved["state_dict"]), weights, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(saved["training"]["objective"]["average"], method.objective.average, rtol=1e-5, atol=0)
     [entry] = json.loads((together / run / "results.json").read_text())["epochs"]
-    for name, value in (*figures.summary().items(), ("valid_top1", valid_top1)):
+    for name, value in (*meters.summary().items(), ("valid_top1", valid_top1)):
         if name != "valid_share":   # depends on which samples are looked at together
             assert entry[name] == pytest.approx(value, rel=1e-5), name
 

@@ -17,7 +17,7 @@ from utils.data.split import Split
 from utils.methods import Method
 from utils.plots import main as plots
 from utils.runs import checkpoint
-from utils.training.engine import EpochFigures, train_epoch
+from utils.training.engine import EpochMeters, train_epoch
 
 
 @pytest.fixture(scope="module")
@@ -262,11 +262,11 @@ def test_no_step_waits_for_the_device(images):
     data = build_data(dataset="folder", data_root=images, batch_size=8, use_valid=True, valid_size=8)
     model = BoostedNet(MSDNet(n_blocks=2, n_channels=4, base=1, num_classes=3), [0.5, 0.5])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    batches, figures = data.train(0), EpochFigures(2, torch.device("cpu"))
+    batches, meters = data.train(0), EpochMeters(2, torch.device("cpu"))
     with _Synchronisations() as watched:
-        assert train_epoch(Method(model, optimizer), batches, figures, after_step=lambda step: False)
-    assert figures.steps == 5 and watched.count == 0
+        assert train_epoch(Method(model, optimizer), batches, meters, after_step=lambda step: False)
+    assert meters.steps == 5 and watched.count == 0
     with _Synchronisations() as watched:   # the watch does see what waits
-        figures.summary()
+        meters.summary()
         torch.zeros(1).item()
     assert watched.count > 0

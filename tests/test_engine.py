@@ -10,7 +10,7 @@ from models import BoostedNet, MSDNet
 from utils.core.errors import UserError
 from utils.methods import Method
 from utils.training import engine
-from utils.training.engine import EpochFigures, train_epoch
+from utils.training.engine import EpochMeters, train_epoch
 
 
 @pytest.fixture
@@ -40,10 +40,10 @@ class Watched(Method):
         return outcome
 
 
-def run(method: Method, data: list) -> EpochFigures:
-    figures = EpochFigures(2, torch.device("cpu"))
-    assert train_epoch(method, data, figures, after_step=lambda step: False)
-    return figures
+def run(method: Method, data: list) -> EpochMeters:
+    meters = EpochMeters(2, torch.device("cpu"))
+    assert train_epoch(method, data, meters, after_step=lambda step: False)
+    return meters
 
 
 def test_the_graph_of_a_step_is_gone_before_the_next_one(model):
@@ -64,8 +64,8 @@ def test_convolutions_are_tuned_in_training_alone_and_never_in_deterministic_run
 
 def test_a_batch_without_an_image_is_counted_alone_and_refused_among_several_processes(model, monkeypatch):
     """The others would wait for its gradients for ever."""
-    figures = run(Watched(model), batches(4, 0, 4))
-    assert (figures.steps, figures.skipped, figures.samples) == (3, 1, 8)
+    meters = run(Watched(model), batches(4, 0, 4))
+    assert (meters.steps, meters.skipped, meters.samples) == (3, 1, 8)
     monkeypatch.setattr(engine, "world_size", lambda: 2)
     with pytest.raises(UserError, match="without an image that can be read"):
         run(Watched(model), batches(4, 0, 4))

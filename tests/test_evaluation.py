@@ -52,7 +52,7 @@ def columns(points):
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("family", ["eq9", "released"])
 def test_budgeted_results_are_the_curve_of_these_predictions(predictions, tmp_path, capsys, family, flat):
-    modes.evaluate_budgeted(None, DATA, tmp_path, about=ABOUT, released=family == "released", flat=flat, suffix="_x")
+    modes.evaluate_budgeted(None, DATA, tmp_path, header=ABOUT, released=family == "released", flat=flat, suffix="_x")
     curve = {"eq9": budget_curve, "released": released_curve}[family]
     valid, test = predictions["valid"], predictions["test"]
     plain, want = (curve(valid.confidence, valid.correct, test.confidence, test.correct, MACS, flat=f) for f in (False, flat))
@@ -70,7 +70,7 @@ def test_budgeted_results_are_the_curve_of_these_predictions(predictions, tmp_pa
 
 def test_budgets_that_are_given_are_the_ones_evaluated(predictions, tmp_path):
     valid, test = predictions["valid"], predictions["test"]
-    modes.evaluate_budgeted(None, DATA, tmp_path, about=ABOUT, budgets=[3e7, 2e7])
+    modes.evaluate_budgeted(None, DATA, tmp_path, header=ABOUT, budgets=[3e7, 2e7])
     result, _ = stored(tmp_path, "dynamic")
     want = budget_curve(valid.confidence, valid.correct, test.confidence, test.correct, MACS, [2e7, 3e7])
     assert [point["test_top1"] for point in result["points"]] == [point["test_top1"] for point in want]
@@ -82,14 +82,14 @@ def test_patience_is_chosen_on_the_hold_out_and_measured_on_the_test_set(predict
         steps = (3 * predictions[part].confidence).ceil()
         predictions[part] = predictions[part]._replace(confidence=steps)
     valid, test = predictions["valid"], predictions["test"]
-    modes.evaluate_patience(None, DATA, tmp_path, about=ABOUT | {"policy": "patience"})
+    modes.evaluate_patience(None, DATA, tmp_path, header=ABOUT | {"policy": "patience"})
     result, text = stored(tmp_path, "dynamic_patience")
     want = patience_curve(valid.confidence, valid.correct, test.confidence, test.correct, MACS)
     assert result["points"] == want and text == columns(want) and result["family"] == "patience"
 
 
 def test_anytime_results_are_those_of_the_test_set(predictions, tmp_path, capsys):
-    modes.evaluate_anytime(None, DATA, tmp_path, about=ABOUT)
+    modes.evaluate_anytime(None, DATA, tmp_path, header=ABOUT)
     test = predictions["test"]
     top1 = (100 * test.correct.double().mean(dim=1)).tolist()
     result = json.loads((tmp_path / "anytime.json").read_text())

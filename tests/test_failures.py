@@ -24,7 +24,7 @@ from utils.evaluation import modes
 from utils.methods import Method
 from utils.runs import checkpoint
 from utils.runs.result_files import RESULTS
-from utils.training.engine import EpochFigures, TrainingDiverged
+from utils.training.engine import EpochMeters, TrainingDiverged
 
 
 @pytest.fixture(scope="module")
@@ -103,20 +103,20 @@ def test_weights_spoilt_by_the_last_step_of_an_epoch_are_not_saved_though_no_los
 
 
 def test_the_loss_is_looked_at_once_per_log_interval_and_at_the_end(images, tmp_path, monkeypatch):
-    looks, check = [], EpochFigures.check
-    monkeypatch.setattr(EpochFigures, "check", lambda self, *arguments: (looks.append(self.steps), check(self, *arguments)))
+    looks, check = [], EpochMeters.check
+    monkeypatch.setattr(EpochMeters, "check", lambda self, *arguments: (looks.append(self.steps), check(self, *arguments)))
     assert train_cifar100.main(command(images, tmp_path, "--epochs", "1", "--print-freq", "2")) == 0
     assert looks == [2, 4, 5]
 
 
 def test_figures_remember_the_first_bad_step_of_each_exit():
-    figures, labels = EpochFigures(2, torch.device("cpu")), torch.tensor([0, 1])
+    meters, labels = EpochMeters(2, torch.device("cpu")), torch.tensor([0, 1])
     predictions = [torch.zeros(2, 2)] * 2
     for losses in ([[1., 1.], [1., 1.]], [[1., 1.], [1., float("inf")]], [[float("nan"), 1.], [float("nan"), 1.]]):
-        figures.add(predictions, labels, torch.tensor(losses))
-    assert figures.first_bad.tolist() == [2, 1]
+        meters.add(predictions, labels, torch.tensor(losses))
+    assert meters.first_bad.tolist() == [2, 1]
     with pytest.raises(TrainingDiverged, match="exit 2 became NaN or infinite at epoch 8, step 2 .*0.5"):
-        figures.check(epoch=7, lr=0.5)
+        meters.check(epoch=7, lr=0.5)
 
 
 # Files that cannot be written or read.
@@ -177,7 +177,7 @@ def test_half_written_files_are_swept_when_a_run_starts(images, tmp_path):
 
 def test_a_signal_after_steps_that_were_all_left_out_saves_like_any_other(images, finished, run, monkeypatch):
     """Batches whose images cannot be read, say: nothing has diverged."""
-    step, skip = Method.step, EpochFigures.skip
+    step, skip = Method.step, EpochMeters.skip
 
     def skip_and_signal(self):
         skip(self)
@@ -185,7 +185,7 @@ def test_a_signal_after_steps_that_were_all_left_out_saves_like_any_other(images
 
     with monkeypatch.context() as patch:
         patch.setattr(Method, "step", lambda *_: None)
-        patch.setattr(EpochFigures, "skip", skip_and_signal)
+        patch.setattr(EpochMeters, "skip", skip_and_signal)
         assert train_cifar100.main(command(images, run, "--resume")) == STOPPED
     saved = checkpoint.load(run / checkpoint.LATEST)
     assert (saved["epoch"], saved["training"]["figures"]["steps"], saved["training"]["figures"]["samples"]) == (1, 1, [0])

@@ -30,7 +30,7 @@ from utils.data.folders import scan
 from utils.evaluation import predict as predictions
 from utils.evaluation.classify import read_images
 from utils.training import engine
-from utils.training.engine import EpochFigures
+from utils.training.engine import EpochMeters
 
 ROOT = Path(__file__).parent.parent
 SIZES = [(320, 240), (240, 321), (500, 260), (261, 262), (230, 400), (300, 300)]
@@ -312,7 +312,7 @@ def test_a_share_without_a_readable_image_ends_several_processes_in_place_of_a_h
     method = SimpleNamespace(network=nn.Identity(), step=None)
     batch = (torch.zeros(0, 3, 32, 32), torch.zeros(0, dtype=torch.int64), 0.0)
     with pytest.raises(UserError, match="a batch without an image that can be read"):
-        engine.train_epoch(method, [batch], EpochFigures(1, torch.device("cpu")), after_step=lambda step: False)
+        engine.train_epoch(method, [batch], EpochMeters(1, torch.device("cpu")), after_step=lambda step: False)
 
 
 def test_batch_without_one_readable_image_is_an_error(damaged):

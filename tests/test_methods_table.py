@@ -18,7 +18,7 @@ from test_scripts import ROOT, bash, commands, flags
 from utils import methods_table
 from utils.core.errors import UserError
 from utils.options.catalog import METHODS
-from utils.runs.result_files import stem
+from utils.runs.result_files import result_name
 
 PUBLISHED = ROOT / "published" / "cifar100_methods"
 SCRIPT = "msdnet_scripts/compare_methods.sh"
@@ -297,6 +297,6 @@ def test_the_script_knows_the_names_of_the_files_that_it_need_not_write_again(tm
     (folder / "model_latest.pth").write_text("")
     os.utime(folder / "model_latest.pth", (0, 0))
     for mode in ("anytime", "dynamic"):
-        (folder / f"{stem(mode, {'ensemble': ensemble, 'temperatures': [0, 0.5]})}.json").write_text("")
+        (folder / f"{result_name(mode, {'ensemble': ensemble, 'temperatures': [0, 0.5]})}.json").write_text("")
     _, evaluation, _ = script(tmp_path, METHODS="joint")
     assert len(evaluation) == 6 and not any(ensemble in command for command in evaluation)

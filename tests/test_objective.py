@@ -60,7 +60,7 @@ def test_a_ranks_share_weights_its_loss():
 def test_the_moving_average_is_over_all_ranks_and_comes_back_from_a_checkpoint(monkeypatch):
     assert ExitLosses().equalise is False and ExitLosses().state_dict() == {"average": None}
     monkeypatch.setattr(losses, "world_size", lambda: 2)
-    monkeypatch.setattr(losses, "sum_over_ranks", lambda mine: mine + torch.tensor([0.6, 1.0]))   # of the other rank
+    monkeypatch.setattr(losses, "all_reduce_sum", lambda mine: mine + torch.tensor([0.6, 1.0]))   # of the other rank
     objective = ExitLosses(equalise=True)
     objective(torch.tensor([[1.0, 3.0], [4.0, 4.0]]), share=0.5)
     torch.testing.assert_close(objective.average, torch.tensor([(2 * 0.5 + 0.6) / 2, (4 * 0.5 + 1) / 2]))

@@ -88,7 +88,7 @@ def test_early_exit_leaves_where_the_simulation_of_the_same_programs_says(run, m
 def test_limits_as_in_pytorch(run):
     loaded, images = OnnxPrograms(run / "programs"), random_images(4)
     model, _ = load_model(run / "run" / "model_best.pth")
-    costs, nobody = loaded.about["macs"], [2.0] * loaded.n_exits
+    costs, nobody = loaded.header["macs"], [2.0] * loaded.n_exits
     early, reference = OnnxEarlyExit(loaded, nobody), EarlyExit(model, nobody, costs=costs)
     for limit in (0, costs[0], costs[1] - 1, costs[1], costs[-1]):
         expected = reference(torch.from_numpy(images), max_cost=limit)
@@ -182,7 +182,7 @@ def test_the_pages_loader_needs_neither_pytorch_nor_this_repository(run, tmp_pat
                           cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
     loaded = OnnxPrograms(run / "programs")
-    about = loaded.about
+    about = loaded.header
     images = read_images([str(file) for file in files], "folder", 32).numpy()
     thresholds = about["budgets"][len(about["budgets"]) // 2]["thresholds"]
     expected = OnnxEarlyExit(loaded, thresholds)(images)
@@ -241,12 +241,12 @@ def test_mistakes_with_runtime_and_predictions(run, tmp_path, capsys):
 
 def test_exits_are_counted_as_in_pytorch_in_slices_too(run):
     loaded, images = OnnxPrograms(run / "programs", threads=2), random_images(50)
-    i = len(loaded.about["budgets"]) // 2
-    thresholds = loaded.about["budgets"][i]["thresholds"]
-    early = OnnxEarlyExit(loaded, thresholds, monitor=ExitMonitor.of_export(loaded.about, i))
+    i = len(loaded.header["budgets"]) // 2
+    thresholds = loaded.header["budgets"][i]["thresholds"]
+    early = OnnxEarlyExit(loaded, thresholds, monitor=ExitMonitor.of_export(loaded.header, i))
     with pytest.raises(UserError, match="nothing was counted"):
         OnnxEarlyExit(loaded, thresholds).summary()
-    exits = np.concatenate([early(images).exit, early(images, max_cost=loaded.about["macs"][0]).exit])
+    exits = np.concatenate([early(images).exit, early(images, max_cost=loaded.header["macs"][0]).exit])
     found = early.summary()
     assert found.n_images == 100 and found.thresholds == "geometric"
     assert found.exit_share == pytest.approx(np.bincount(exits, minlength=loaded.n_exits) / 100)
@@ -255,4 +255,4 @@ def test_exits_are_counted_as_in_pytorch_in_slices_too(run):
     assert found.held_out_cost == pytest.approx(curve["points"][i]["valid_mean_macs"])
     assert sum(early.monitor._ended) == 50 + np.count_nonzero(exits[:50] == loaded.n_exits - 1)
     with pytest.raises(ValueError, match="export the network again"):
-        ExitMonitor.of_export({**loaded.about, "hold_out": None}, i)
+        ExitMonitor.of_export({**loaded.header, "hold_out": None}, i)

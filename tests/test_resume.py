@@ -236,8 +236,8 @@ def test_a_run_that_is_killed_in_mid_epoch_goes_on_from_what_it_saved_by_the_clo
     """Every third step is a look at the clock, which here always says that it is time."""
     line = command(images, tmp_path, "--save_every_minutes", "1e-9", *SETUPS[setup])
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        add, steps = trainer.EpochFigures.add, iter(range(1, 10**9))
-        patch.setattr(trainer.EpochFigures, "add", lambda self, *a: killed() if next(steps) == 10 else add(self, *a))
+        add, steps = trainer.EpochMeters.add, iter(range(1, 10**9))
+        patch.setattr(trainer.EpochMeters, "add", lambda self, *a: killed() if next(steps) == 10 else add(self, *a))
         train_cifar100.main(line)
     saved = checkpoint.load(tmp_path / checkpoint.LATEST)
     assert (saved["epoch"], saved["epoch_kind"]) == (1, "step 3 of epoch 2") and saved["training"]["figures"]["seconds"] > 0
@@ -248,13 +248,13 @@ def test_a_run_that_is_killed_in_mid_epoch_goes_on_from_what_it_saved_by_the_clo
 def test_the_clock_is_that_of_the_first_process_and_starts_again_with_every_save(images, tmp_path, monkeypatch):
     now, saved = [0.0], []
     monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
-    add, save = trainer.EpochFigures.add, checkpoint.save_latest
+    add, save = trainer.EpochMeters.add, checkpoint.save_latest
 
     def minute_passes(self, *arguments):
         now[0] += 60
         add(self, *arguments)
 
-    monkeypatch.setattr(trainer.EpochFigures, "add", minute_passes)
+    monkeypatch.setattr(trainer.EpochMeters, "add", minute_passes)
     monkeypatch.setattr(checkpoint, "save_latest", lambda *a: saved.append(a[1]["epoch_kind"]) or save(*a))
     line = command(images, tmp_path, "--save_every_minutes", "2", "--epochs", "1", "--print-freq", "1")
     assert train_cifar100.main(line) == 0
@@ -293,7 +293,7 @@ PIECES = {
     "weights": (checkpoint, "load_weights", "boosted"), "momentum": (torch.optim.SGD, "load_state_dict", "boosted"),
     "Adam's averages": (torch.optim.Adam, "load_state_dict", "joint"),
     "loss averages": (ExitLosses, "load_state_dict", "joint"),
-    "place in the epoch": (trainer.EpochFigures, "load_state_dict", "boosted"),
+    "place in the epoch": (trainer.EpochMeters, "load_state_dict", "boosted"),
     "random.random": (random, "setstate", "boosted"), "np.random": (np.random, "set_state", "boosted"),
     "torch.rand": (torch, "set_rng_state", "boosted"),
     "average": (checkpoint, "load_weights", "averaged"),

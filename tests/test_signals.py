@@ -66,7 +66,7 @@ def test_each_signal_stops_after_the_step_saves_and_gives_exit_code_75(images, t
 
 
 def test_a_second_interrupt_leaves_at_once_and_saves_nothing(images, tmp_path, monkeypatch, capsys):
-    add = engine.EpochFigures.add
+    add = engine.EpochMeters.add
 
     def interrupt_twice(self, *arguments):
         add(self, *arguments)
@@ -74,7 +74,7 @@ def test_a_second_interrupt_leaves_at_once_and_saves_nothing(images, tmp_path, m
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("still running")
 
-    monkeypatch.setattr(engine.EpochFigures, "add", interrupt_twice)
+    monkeypatch.setattr(engine.EpochMeters, "add", interrupt_twice)
     assert "interrupted" in one_line_error(capsys, lambda: train_cifar100.main(command(images, tmp_path)), code=130)
     assert not (tmp_path / checkpoint.LATEST).exists()
 

@@ -13,7 +13,7 @@ from models.grouped import GroupedForm
 from utils.core.errors import STOPPED, UserError
 from utils.methods import Method
 from utils.training import fast_forward as fast
-from utils.training.engine import EpochFigures, train_epoch
+from utils.training.engine import EpochMeters, train_epoch
 from utils.training.fast_forward import training_forward
 from utils.training.optim import build_optimizer
 
@@ -42,14 +42,14 @@ def batches(device="cpu", dtype=torch.float32) -> list[tuple]:
 def train(model: BoostedNet, forward: BoostedNet, data: list[tuple]) -> SimpleNamespace:
     """Losses (n_steps, n_exits) of every step, and what the model is at the end."""
     optimizer = build_optimizer(model.backbone, name="sgd", lr=1e-3, momentum=0.9, weight_decay=[1e-4])
-    figures = EpochFigures(model.n_exits, data[0][0].device)
-    sums = [figures.sums[0].clone()]
+    meters = EpochMeters(model.n_exits, data[0][0].device)
+    sums = [meters.sums[0].clone()]
 
     def after_step(step: int) -> bool:
-        sums.append(figures.sums[0].clone())
+        sums.append(meters.sums[0].clone())
         return False
 
-    train_epoch(Method(model, optimizer, network=forward), data, figures, after_step=after_step)
+    train_epoch(Method(model, optimizer, network=forward), data, meters, after_step=after_step)
     return SimpleNamespace(losses=torch.stack(sums).diff(dim=0), state=model.state_dict())
 
 

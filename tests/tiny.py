@@ -50,14 +50,14 @@ def ranet_command(images: Path, result_dir: Path, *more: str) -> list[str]:
 
 def signal_at_step(monkeypatch: Any, step: int, number: int = signal.SIGTERM) -> None:
     """Have this process send itself a signal in the middle of the `step`-th step from now, counted over all epochs."""
-    add, steps = engine.EpochFigures.add, iter(range(1, 10**9))
+    add, steps = engine.EpochMeters.add, iter(range(1, 10**9))
 
     def add_and_signal(self, *arguments):
         add(self, *arguments)
         if next(steps) == step:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(engine.EpochFigures, "add", add_and_signal)
+    monkeypatch.setattr(engine.EpochMeters, "add", add_and_signal)
 
 
 def outcome(folder: Path) -> dict[str, Any]:

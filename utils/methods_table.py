@@ -22,7 +22,7 @@ from utils.options.catalog import METHODS, method_title, title_of
 from utils.options.parser import OneLineParser
 from utils.reports.finished_runs import FinishedRun, differences, read_evaluation, read_runs, require_folder
 from utils.reports.style import COLOURS, INK, LINES, MARKERS, MILLIONS, TOP1, dress, new_figure, plain, png_file, save
-from utils.runs.result_files import ENSEMBLES, RESULTS, reading_words, stem
+from utils.runs.result_files import ENSEMBLES, RESULTS, reading_words, result_name
 
 # What may differ: the method, its own flags, and the network that it starts from.
 FLAGS = frozenset({"method", "checkpoint", "ensemble_reweight"}).union(*(method.flags for method in METHODS.values()))
@@ -141,13 +141,13 @@ def _rows(run: FinishedRun, costs: Sequence[dict[str, Any]]) -> Iterator[Row]:
         costs: of its stages.
     """
     found = [(path, read_evaluation(path)) for path in run.folder.glob("anytime*.json")]
-    found = [(path, content) for path, content in found if path.stem == stem("anytime", content)]   # no name of the user's own
+    found = [(path, content) for path, content in found if path.stem == result_name("anytime", content)]   # no --save_suffix
     order = [None, *ENSEMBLES]
     if not any(content["ensemble"] is None for _, content in found):
         raise UserError(f"{run.folder / 'anytime.json'} is missing; evaluate the last epoch with eval_cifar100.py")
     found.sort(key=lambda pair: (order.index(pair[1]["ensemble"]), pair[0]))
     for line, (path, anytime) in enumerate(found):
-        other = run.folder / f"{stem('dynamic', anytime)}.json"
+        other = run.folder / f"{result_name('dynamic', anytime)}.json"
         dynamic = read_evaluation(other)
         for file, content in ((path, anytime), (other, dynamic)):
             if content["epoch"] != run.settings["tested epoch"]:

@@ -18,7 +18,7 @@ from op_counter import measure_model
 from utils.benchmarks.measure import Measurement, count
 from utils.benchmarks.openvino import PRECISIONS, OpenVinoPrograms, require_openvino
 from utils.core.errors import UserError
-from utils.core.log import say
+from utils.core.log import echo
 from utils.core.tables import format_table
 from utils.evaluation.fast_form import FORMS, default_form, load_model
 from utils.evaluation.onnx_exit import OnnxPrograms, has_shared_pool, use_all_cores
@@ -143,11 +143,11 @@ def _ways(networks: Sequence[Network], args: Namespace, device: torch.device, fo
             raise UserError("ONNX Runtime is measured on the CPU only")
         require_onnx()
     except UserError as error:
-        say(f"without ONNX: {error}")
+        echo(f"without ONNX: {error}")
         return ways
     if args.openvino:
         require_openvino()
-    say("exporting all exits, and all of them in one file")
+    echo("exporting all exits, and all of them in one file")
     exported = [_export(network_, folder / str(i)) for i, network_ in enumerate(networks)]
     # Both ways of `OnnxPrograms` to use the cores. After `use_all_cores` ONNX Runtime gives no program a thread of its own.
     in_slices = ([] if threads == 1 or has_shared_pool() else

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.core.errors import UserError
-from utils.evaluation.onnx_exit import OnnxPrograms, read_about
+from utils.evaluation.onnx_exit import OnnxPrograms, read_header
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}   # and OpenVINO's names of them
 
@@ -30,12 +30,12 @@ class OpenVinoPrograms(OnnxPrograms):
     def __init__(self, folder: Path, threads: int, precision: str) -> None:
         import openvino
 
-        self.about = read_about(folder)
+        self.header = read_header(folder)
         self.shares_pool, self.n_threads, self._pool = True, 1, None   # each program uses all threads
         settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": PRECISIONS[precision], "NUM_STREAMS": 1}
         core = openvino.Core()
         self._requests = [core.compile_model(str(folder / name), "CPU", settings).create_infer_request()
-                          for name in self.about["steps"]]
+                          for name in self.header["steps"]]
         self.n_exits = len(self._requests)
 
     def step(self, n: int, state: Sequence[np.ndarray]) -> list[np.ndarray]:

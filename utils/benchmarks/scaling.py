@@ -20,7 +20,7 @@ from utils.data.sampling import Plan, plan_evaluation
 from utils.evaluation.predict import predict
 from utils.methods import Method
 from utils.options.parser import list_of
-from utils.training.engine import EpochFigures, train_epoch
+from utils.training.engine import EpochMeters, train_epoch
 from utils.training.fast_forward import training_forward
 from utils.training.optim import build_optimizer
 
@@ -125,10 +125,10 @@ def _step(network: BoostedNet, batch_size: int, side: int, device: torch.device)
     batch = (torch.randn(batch_size, 3, side, side, device=device), torch.arange(batch_size, device=device) % 100, 1.0)
     optimizer = build_optimizer(network.backbone, name="sgd", lr=0.01, momentum=0.9, weight_decay=[1e-4])
     method = Method(network, optimizer, network=training_forward(network, batch_size=batch_size))
-    figures = EpochFigures(network.n_exits, device)
+    meters = EpochMeters(network.n_exits, device)
 
     def step() -> None:
-        train_epoch(method, [batch], figures, after_step=lambda n: False)
+        train_epoch(method, [batch], meters, after_step=lambda n: False)
         optimizer.zero_grad()   # or the next measurement of memory would begin with the gradients there
 
     return step

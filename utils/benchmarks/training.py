@@ -22,7 +22,7 @@ from utils.data.device_images import DeviceImages
 from utils.data.sampling import plan_training
 from utils.methods import Method
 from utils.options.parser import list_of
-from utils.training.engine import EpochFigures, train_epoch
+from utils.training.engine import EpochMeters, train_epoch
 from utils.training.fast_forward import training_forward
 from utils.training.optim import build_optimizer
 
@@ -74,7 +74,7 @@ class PlainLoop:
         sampler = RandomSampler(data, replacement=True, num_samples=10**9)   # one pass that does not end
         self.batches = iter(DataLoader(data, args.batch_size, sampler=sampler, num_workers=args.workers,
                                        pin_memory=device.type == "cuda"))
-        self.ready = 2 * args.workers   # batches that the workers have prepared when nobody asks for any
+        self.ready = 2 * args.workers   # batches that the workers have prepared when none is requested
 
     def train(self, steps: int) -> tuple[float, float]:
         """Seconds of a step and of waiting for its batch."""
@@ -157,8 +157,8 @@ class OurLoop:
         batches = list(self.batches(steps))
         _finish(device)
         made = self.clock()
-        figures = EpochFigures(self.model.n_exits, device)
-        train_epoch(self.method, batches, figures, after_step=lambda step: False)
+        meters = EpochMeters(self.model.n_exits, device)
+        train_epoch(self.method, batches, meters, after_step=lambda step: False)
         _finish(device)
         return (self.clock() - made) / steps, (made - start) / steps
 

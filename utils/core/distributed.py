@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.core.errors import UserError, let_others_speak
+from utils.core.errors import UserError, wait_for_other_errors
 
 # A rank that waits this long for another one gives up; the launcher then ends the job.
 TIMEOUT = timedelta(minutes=10)
@@ -64,7 +64,7 @@ def process_group(device: torch.device, backend: str | None = None) -> Iterator[
     try:
         yield
     except RuntimeError:
-        let_others_speak()   # most likely another process has left, and this is only how it shows here
+        wait_for_other_errors()   # most likely another process has left, and this is only how it shows here
         raise
     # Not after an error: the other processes may never come to this line, and some backends wait for them here.
     dist.destroy_process_group()
@@ -224,7 +224,7 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
+def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum of x over all processes, in every process; x itself is left alone."""
     if world_size() == 1:
         return x
@@ -233,7 +233,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return total
 
 
-def of_all_ranks(x: Tensor) -> Tensor:
+def all_gather(x: Tensor) -> Tensor:
     """The x of each process (shape (...)) as one tensor (world_size, ...), in every process."""
     if world_size() == 1:
         return x[None]
@@ -270,7 +270,7 @@ def any_rank(flag: bool | Tensor) -> bool:
     """Whether `flag` is true in any process; all of them get the same answer. To be called by all of them."""
     if world_size() == 1:
         return bool(flag)
-    return sum_over_ranks(torch.tensor(int(flag), device=_collective_device())).item() > 0
+    return all_reduce_sum(torch.tensor(int(flag), device=_collective_device())).item() > 0
 
 
 def _collective_device() -> torch.device:

@@ -68,7 +68,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error) for words in ("out of memory", "can't allocate memory"))
 
 
-def let_others_speak() -> None:
+def wait_for_other_errors() -> None:
     """In one of several processes: wait, for an error that most likely is another one's as well, or its consequence.
 
     When that one has said so and left, torchrun ends this process; the user then reads it once, not once per process.
@@ -77,16 +77,16 @@ def let_others_speak() -> None:
         time.sleep(GRACE_S)
 
 
-def let_first_speak() -> None:
-    """`let_others_speak` in all processes but the first."""
+def wait_unless_first() -> None:
+    """`wait_for_other_errors` in all processes but the first."""
     if os.environ.get("RANK") != "0":
-        let_others_speak()
+        wait_for_other_errors()
 
 
 def fail(error: Exception | str, code: int = MISTAKE) -> int:
     """Print an error as one line and return the exit code."""
     if isinstance(error, OSError) and error.strerror:
         error = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    let_first_speak()
+    wait_unless_first()
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return code

@@ -16,7 +16,7 @@ def open_log(path: Path | None = None) -> None:
     log.propagate = False
     close_log()
     terminal = logging.StreamHandler(sys.stdout)
-    terminal.handleError = _nobody_listens
+    terminal.handleError = _ignore_broken_pipe
     terminal.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(terminal)
     if path is not None:
@@ -26,13 +26,13 @@ def open_log(path: Path | None = None) -> None:
         log.addHandler(file)
 
 
-def say(*lines: object) -> None:
+def echo(*lines: object) -> None:
     """Print, in the first process. A reader that has gone, as in `| head`, ends the output and nothing else."""
     if distributed.is_main():
         try:
             print(*lines, sep="\n", flush=True)
         except BrokenPipeError:
-            _be_silent()
+            _discard_output()
 
 
 def note(line: str | None) -> None:
@@ -42,16 +42,16 @@ def note(line: str | None) -> None:
         if log.handlers:
             log.info("%s", line)
         else:
-            say(line)
+            echo(line)
 
 
-def _nobody_listens(record: logging.LogRecord) -> None:
+def _ignore_broken_pipe(record: logging.LogRecord) -> None:
     """Go on when stdout is a pipe whose reader has ended, as `tee` does at Ctrl-C."""
     if isinstance(sys.exc_info()[1], BrokenPipeError):   # not for a single line that could not be written
-        _be_silent()
+        _discard_output()
 
 
-def _be_silent() -> None:
+def _discard_output() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

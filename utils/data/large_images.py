@@ -32,7 +32,7 @@ class Crops(NamedTuple):
     """What a worker sends for one batch.
 
     Attributes:
-        pixels: (k, S, S, 3) uint8, the readable images of the batch; good until the next batch is asked for.
+        pixels: (k, S, S, 3) uint8, the readable images of the batch; good until the next batch is read.
         index: (k,) int64, their positions in the listing. No tensor: that would go through /dev/shm.
         failures: (position, message) of each image that could not be read.
     """

@@ -83,16 +83,16 @@ class ExitMonitor:
         self.reset()
 
     @classmethod
-    def of_export(cls, about: Mapping[str, Any], i: int) -> ExitMonitor:
-        """For the thresholds of `about["budgets"][i]`, where `about` is the content of a model.json.
+    def of_export(cls, header: Mapping[str, Any], i: int) -> ExitMonitor:
+        """For the thresholds of `header["budgets"][i]`, where `header` is the content of a model.json.
 
         Raises:
             ValueError: where the file does not say at which exits the held-out images left, as older ones do not.
         """
-        held_out = about.get("hold_out")
+        held_out = header.get("hold_out")
         if not held_out:
             raise ValueError("this model.json does not say where the held-out images left; export the network again")
-        return cls(held_out["exit_share"][i], held_out["n_images"], about["macs"], thresholds=about["thresholds"])
+        return cls(held_out["exit_share"][i], held_out["n_images"], header["macs"], thresholds=header["thresholds"])
 
     def reset(self) -> None:
         """Forget all inputs so far, for example every day: a change shows sooner in fewer inputs."""

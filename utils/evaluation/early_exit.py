@@ -124,7 +124,7 @@ class EarlyExit:
             scores, reached = self.model.add(n, logits, scores), n
             if n == last or threshold == -math.inf:
                 break
-            if threshold == math.inf:   # nobody leaves, whatever the confidence
+            if threshold == math.inf:   # no input leaves, whatever the confidence
                 continue
             certainty = self._certainty(n, scores)
             stays = running.present((certainty < threshold).cpu().numpy())   # here the host waits for the device

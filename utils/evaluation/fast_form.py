@@ -115,7 +115,7 @@ def random_images(model: BoostedNet, n: int = 2) -> Tensor:
 
 @torch.inference_mode()
 def exit_times(model: BoostedNet, x: Tensor) -> np.ndarray:
-    """(n_exits,) seconds of every step of a network in eval mode on a batch that nobody leaves."""
+    """(n_exits,) seconds of every step of a network in eval mode on a batch that no image leaves."""
     def now() -> float:
         if x.device.type == "cuda":
             torch.cuda.synchronize(x.device)

@@ -18,7 +18,7 @@ from utils import __version__
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.files import atomic_write, require_writable, write_json
-from utils.core.log import say
+from utils.core.log import echo
 from utils.core.tables import format_table, millions
 from utils.evaluation.calibration import fit_temperatures, predict_hold_out, stated
 from utils.evaluation.confidence import MEASURES, read_exits
@@ -32,7 +32,7 @@ from utils.evaluation.thresholds import describe_gain, describe_promise, optimis
 from utils.options.catalog import THRESHOLDS
 from utils.runs.checkpoint import hash_weights
 from utils.runs.restore import restore, spec_of
-from utils.runs.result_files import FAMILIES, describe, stem
+from utils.runs.result_files import FAMILIES, describe, result_name
 
 
 def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torch.device) -> None:
@@ -53,30 +53,31 @@ def evaluate(args: argparse.Namespace, saved: dict[str, Any], data, device: torc
         require_writable(folder, "--publish" if args.publish else "--result_dir")
     # A released checkpoint says nothing about itself.
     split = data.split.to_dict() if data.split else None
-    about = header({**spec.to_checkpoint(), "dataset": args.dataset, "split": split, **saved}, folder, model, data, **reading)
-    chosen = "hold-out" in (about["epoch_kind"] or "")
+    header = result_header({**spec.to_checkpoint(), "dataset": args.dataset, "split": split, **saved}, folder, model, data,
+                           **reading)
+    chosen = "hold-out" in (header["epoch_kind"] or "")
     if args.publish:
-        publish(model, saved, data, folder, about=about, source=source, dynamic=args.evalmode == "dynamic",
+        publish(model, saved, data, folder, header=header, source=source, dynamic=args.evalmode == "dynamic",
                 details=args.publish_details)
     elif args.evalmode == "realtime":
-        runtime = open_runtime(args.runtime, model, {**about, "architecture": about["config"], **saved}, source, args.policy)
-        evaluate_realtime(runtime, data, folder, about=about | {"runtime": args.runtime}, budgets=args.budget, cost=args.cost,
+        runtime = open_runtime(args.runtime, model, {**header, "architecture": header["config"], **saved}, source, args.policy)
+        evaluate_realtime(runtime, data, folder, header=header | {"runtime": args.runtime}, budgets=args.budget, cost=args.cost,
                           thresholds=args.thresholds, max_drop=args.max_drop, level=args.confidence_level,
                           chosen_on_hold_out=chosen, calibrate=args.calibrate, suffix=args.save_suffix,
                           predictions=args.predictions)
     elif args.max_drop is not None:
-        evaluate_promise(model, data, folder, about=about, max_drop=args.max_drop, level=args.confidence_level,
+        evaluate_promise(model, data, folder, header=header, max_drop=args.max_drop, level=args.confidence_level,
                          chosen_on_hold_out=chosen, calibrate=args.calibrate, suffix=args.save_suffix)
     elif args.policy == "patience":
-        evaluate_patience(model, data, folder, about=about, suffix=args.save_suffix)
+        evaluate_patience(model, data, folder, header=header, suffix=args.save_suffix)
     elif args.evalmode == "dynamic":
-        evaluate_budgeted(model, data, folder, about=about, budgets=args.budget, released=args.sweep == "released",
+        evaluate_budgeted(model, data, folder, header=header, budgets=args.budget, released=args.sweep == "released",
                           flat=args.flat_curve, thresholds=args.thresholds, calibrate=args.calibrate, suffix=args.save_suffix)
     else:
-        evaluate_anytime(model, data, folder, about=about, calibrate=args.calibrate, suffix=args.save_suffix)
+        evaluate_anytime(model, data, folder, header=header, calibrate=args.calibrate, suffix=args.save_suffix)
 
 
-def header(saved: dict[str, Any], folder: Path, model: BoostedNet, data, *, ensemble: str | None = None,
+def result_header(saved: dict[str, Any], folder: Path, model: BoostedNet, data, *, ensemble: str | None = None,
            policy: str = "confidence") -> dict[str, Any]:
     """What every result file says about the network it is of.
 
@@ -95,16 +96,16 @@ def header(saved: dict[str, Any], folder: Path, model: BoostedNet, data, *, ense
             "params": params, **({"ema": saved["ema"]} if saved.get("ema") else {})}
 
 
-def evaluate_anytime(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], calibrate: bool = False,
+def evaluate_anytime(model: BoostedNet, data, folder: Path, *, header: dict[str, Any], calibrate: bool = False,
                      suffix: str = "") -> dict[str, Any]:
     """Accuracy of every exit on the test set, and how far its confidence can be trusted.
 
     Prints both tables and writes any*.txt, flops.pth, anytime*.json and reliability*.json.
 
     Args:
-        about: from `header`.
+        header: from `result_header`.
         calibrate: fit a temperature for every exit on the hold-out, and report what that changes as well.
-        suffix: appended to the names of `utils.runs.result_files.stem`.
+        suffix: appended to the names of `utils.runs.result_files.result_name`.
     Returns:
         The content of anytime*.json.
     Raises:
@@ -118,49 +119,49 @@ def evaluate_anytime(model: BoostedNet, data, folder: Path, *, about: dict[str, 
         test, after = read(outputs, details=True), read(outputs, calibration=calibration, details=True)
     else:
         test = predict(model, data.test(), details=True)
-    result = {**about, "n_test": test.n_samples, "top1": test.top1, "top5": test.top5.tolist()}
+    result = {**header, "n_test": test.n_samples, "top1": test.top1, "top5": test.top5.tolist()}
     if not distributed.is_main():
         return result
-    rows = list(zip(about["macs"], about["params"], result["top1"], result["top5"], strict=True))
-    name = stem("anytime", result, suffix)
+    rows = list(zip(header["macs"], header["params"], result["top1"], result["top5"], strict=True))
+    name = result_name("anytime", result, suffix)
     _write_columns(folder / f"any{name.removeprefix('anytime')}.txt", rows)
-    _write_costs(folder, about["macs"])
+    _write_costs(folder, header["macs"])
     write_json(folder / f"{name}.json", result)
-    say(format_table(["exit", "10^6 MACs", "10^6 params", "top-1 %", "top-5 %"],
-                     [[n + 1, millions(macs), f"{params / 1e6:.3f}", f"{top1:.2f}", f"{top5:.2f}"]
-                      for n, (macs, params, top1, top5) in enumerate(rows)],
-                     title=f"\nAnytime prediction: {_describe(about)}, {result['n_test']} test images"))
-    _report_reliability(about, folder, suffix, test, after, calibration)
+    echo(format_table(["exit", "10^6 MACs", "10^6 params", "top-1 %", "top-5 %"],
+                      [[n + 1, millions(macs), f"{params / 1e6:.3f}", f"{top1:.2f}", f"{top5:.2f}"]
+                       for n, (macs, params, top1, top5) in enumerate(rows)],
+                      title=f"\nAnytime prediction: {_describe(header)}, {result['n_test']} test images"))
+    _report_reliability(header, folder, suffix, test, after, calibration)
     return result
 
 
-def _report_reliability(about: dict[str, Any], folder: Path, suffix: str, test: Predictions, after: Predictions | None,
+def _report_reliability(header: dict[str, Any], folder: Path, suffix: str, test: Predictions, after: Predictions | None,
                         calibration: list[float] | None) -> None:
     """Write the files of reliability, and print their table."""
-    found = [reliability_result(about, part, temperatures)
+    found = [reliability_result(header, part, temperatures)
              for part, temperatures in ((test, None), (after, calibration)) if part]
     for result in found:
-        write_json(folder / f"{stem('reliability', result, suffix)}.json", result)
+        write_json(folder / f"{result_name('reliability', result, suffix)}.json", result)
     columns = {"temperature": [f"{t:.3f}" for t in calibration]} if calibration else {}
     for name, title, scale, digits in (("ece", "ECE %", 100, 2), ("nll", "NLL", 1, 4), ("brier", "Brier", 1, 4),
                                        ("aurc", "AURC", 1, 4)):
         if name in found[0]:
             columns[title] = [" -> ".join(f"{scale * value:.{digits}f}" for value in of_exit)
                               for of_exit in zip(*(result[name] for result in found))]
-    fitted = f", before and after temperatures from {about['n_valid']} held-out images" if calibration else ""
-    say(format_table(["exit", *columns], [[n + 1, *row] for n, row in enumerate(zip(*columns.values()))],
-                     title=f"\nConfidence of the exits{fitted}"))
+    fitted = f", before and after temperatures from {header['n_valid']} held-out images" if calibration else ""
+    echo(format_table(["exit", *columns], [[n + 1, *row] for n, row in enumerate(zip(*columns.values()))],
+                      title=f"\nConfidence of the exits{fitted}"))
 
 
-def reliability_result(about: dict[str, Any], test: Predictions, calibration: list[float] | None = None) -> dict[str, Any]:
+def reliability_result(header: dict[str, Any], test: Predictions, calibration: list[float] | None = None) -> dict[str, Any]:
     """Content of reliability*.json."""
     details = test.details and {name: getattr(test.details, name).numpy() for name in ("log_likelihood", "squares")}
-    return {**about, "n_test": test.n_samples, **stated(calibration),
+    return {**header, "n_test": test.n_samples, **stated(calibration),
             **reliability(test.confidence.numpy(), test.correct.numpy(), details),
-            "ideal": ideal_score(test.correct.numpy(), about["macs"])}
+            "ideal": ideal_score(test.correct.numpy(), header["macs"])}
 
 
-def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], budgets: Sequence[float] | None = None,
+def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, header: dict[str, Any], budgets: Sequence[float] | None = None,
                       released: bool = False, flat: bool = False, thresholds: str = "geometric", calibrate: bool = False,
                       suffix: str = "") -> dict[str, Any]:
     """Accuracy where inputs leave early, thresholds fitted on the hold-out and applied to the test set.
@@ -178,10 +179,10 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
     Raises:
         UserError: without a hold-out, or for a budget out of range.
     """
-    macs = about["macs"]
+    macs = header["macs"]
     for budget in budgets or []:   # a budget out of range is refused before the network runs
         solve_exit_rate(macs, budget)
-    valid, test, calibration = _predict_both(model, data, about["policy"], calibrate)
+    valid, test, calibration = _predict_both(model, data, header["policy"], calibrate)
     arrays = (valid.confidence, valid.correct, test.confidence, test.correct, macs)
     if thresholds == "optimised":
         fitted = optimised_curve(*(part.numpy() for part in arrays[:-1]), macs, budgets)
@@ -189,15 +190,16 @@ def evaluate_budgeted(model: BoostedNet, data, folder: Path, *, about: dict[str,
         fitted = released_curve(*arrays, flat=flat) if released else budget_curve(*arrays, budgets)
     points = flatten(fitted) if flat and not released else fitted
     family = "released" if released else THRESHOLDS[thresholds]
-    result = _report_budgeted(about, data, valid, test, points, folder, suffix, family=family, flat=flat, calibration=calibration)
+    result = _report_budgeted(header, data, valid, test, points, folder, suffix, family=family, flat=flat,
+                              calibration=calibration)
     if distributed.is_main() and family == "eq9":
         warn_of_missed_budgets(fitted, valid.n_samples)
     if distributed.is_main() and family == "optimised":
-        say(describe_gain(points, macs))
+        echo(describe_gain(points, macs))
     return result
 
 
-def evaluate_promise(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], max_drop: float, level: float,
+def evaluate_promise(model: BoostedNet, data, folder: Path, *, header: dict[str, Any], max_drop: float, level: float,
                      chosen_on_hold_out: bool = False, calibrate: bool = False, suffix: str = "") -> dict[str, Any]:
     """The cheapest thresholds that lose at most `max_drop` points of the whole network's accuracy, see `certify`.
 
@@ -206,16 +208,16 @@ def evaluate_promise(model: BoostedNet, data, folder: Path, *, about: dict[str, 
     Raises:
         UserError: without a hold-out.
     """
-    valid, test, calibration = _predict_both(model, data, about["policy"], calibrate, promise=True)
+    valid, test, calibration = _predict_both(model, data, header["policy"], calibrate, promise=True)
     arrays = (part.numpy() for part in (valid.confidence, valid.correct, test.confidence, test.correct))
-    point = promise_point(*arrays, about["macs"], max_drop, level)
-    result = _report_budgeted(about, data, valid, test, [point], folder, suffix, family="promise", calibration=calibration)
+    point = promise_point(*arrays, header["macs"], max_drop, level)
+    result = _report_budgeted(header, data, valid, test, [point], folder, suffix, family="promise", calibration=calibration)
     if distributed.is_main():
-        say(describe_promise(point, chosen_on_hold_out=chosen_on_hold_out))
+        echo(describe_promise(point, chosen_on_hold_out=chosen_on_hold_out))
     return result
 
 
-def evaluate_patience(model: BoostedNet, data, folder: Path, *, about: dict[str, Any], suffix: str = "") -> dict[str, Any]:
+def evaluate_patience(model: BoostedNet, data, folder: Path, *, header: dict[str, Any], suffix: str = "") -> dict[str, Any]:
     """Accuracy where inputs leave at the first exit that ends k exits in a row with the same answer, for every k.
 
     Prints one row per k and writes dynamic*.txt, flops.pth and dynamic*.json, whose content it returns.
@@ -224,8 +226,8 @@ def evaluate_patience(model: BoostedNet, data, folder: Path, *, about: dict[str,
         UserError: without a hold-out.
     """
     valid, test, _ = _predict_both(model, data, "patience")
-    points = patience_curve(valid.confidence, valid.correct, test.confidence, test.correct, about["macs"])
-    return _report_budgeted(about, data, valid, test, points, folder, suffix, family="patience")
+    points = patience_curve(valid.confidence, valid.correct, test.confidence, test.correct, header["macs"])
+    return _report_budgeted(header, data, valid, test, points, folder, suffix, family="patience")
 
 
 def _predict_both(model: BoostedNet, data, policy: str, calibrate: bool = False, promise: bool = False,
@@ -240,16 +242,16 @@ def _predict_both(model: BoostedNet, data, policy: str, calibrate: bool = False,
     return valid, predict(model, data.test(), MEASURES[policy], calibration=calibration), calibration
 
 
-def _report_budgeted(about: dict[str, Any], data, valid: Predictions, test: Predictions, points: Sequence[dict[str, Any]],
+def _report_budgeted(header: dict[str, Any], data, valid: Predictions, test: Predictions, points: Sequence[dict[str, Any]],
                      folder: Path, suffix: str, *, family: str, flat: bool = False,
                      calibration: list[float] | None = None) -> dict[str, Any]:
     """Write the files of a curve and print its table, in one process; the content of the JSON file, in all."""
     finished = [point | {"thresholds": finite(point["thresholds"])} if "thresholds" in point else point for point in points]
-    result = {**about, "n_valid": valid.n_samples, "n_test": test.n_samples, **stated(calibration), "family": family,
+    result = {**header, "n_valid": valid.n_samples, "n_test": test.n_samples, **stated(calibration), "family": family,
               "flat": flat, "augmented_hold_out": data.augment_valid, "points": finished}
     if not distributed.is_main():
         return result
-    name = stem("dynamic", result, suffix)
+    name = result_name("dynamic", result, suffix)
     _write_columns(folder / f"{name}.txt", [(point["test_mean_macs"], point["test_top1"]) for point in result["points"]])
     _write_costs(folder, result["macs"])
     write_json(folder / f"{name}.json", result)
@@ -261,19 +263,19 @@ def _report_budgeted(about: dict[str, Any], data, valid: Predictions, test: Pred
         rows.append([shown.show(point[shown.key]), millions(point["valid_mean_macs"]), millions(point["test_mean_macs"]),
                      f"{point['valid_top1']:.2f}", f"{point['test_top1']:.2f}", shares])
     fitted = "thresholds from " if family != "patience" else ""
-    say(format_table([shown.column, "hold-out MACs", "test MACs", "hold-out top-1", "test top-1",
-                      "test exits, %"], rows,
-                     title=f"\nBudgeted batch, {shown.title}{', flat curve' if flat else ''}: {_describe(result)}\n"
-                           f"{fitted}{result['n_valid']} held-out images{augmented}, {result['n_test']} test images, "
-                           "10^6 MACs per image"))
+    echo(format_table([shown.column, "hold-out MACs", "test MACs", "hold-out top-1", "test top-1",
+                       "test exits, %"], rows,
+                      title=f"\nBudgeted batch, {shown.title}{', flat curve' if flat else ''}: {_describe(result)}\n"
+                            f"{fitted}{result['n_valid']} held-out images{augmented}, {result['n_test']} test images, "
+                            "10^6 MACs per image"))
     return result
 
 
-def _describe(about: dict[str, Any]) -> str:
-    described = f"{about['arch']} {describe(about)} {about['dataset']}"
-    if about["epoch"]:
-        described += f" epoch {about['epoch']}"
-    return f"{described} ({about['epoch_kind']})" if about["epoch"] and about["epoch_kind"] else described
+def _describe(header: dict[str, Any]) -> str:
+    described = f"{header['arch']} {describe(header)} {header['dataset']}"
+    if header["epoch"]:
+        described += f" epoch {header['epoch']}"
+    return f"{described} ({header['epoch_kind']})" if header["epoch"] and header["epoch_kind"] else described
 
 
 def _write_columns(path: Path, rows: Sequence[Sequence[float]]) -> None:

@@ -86,7 +86,7 @@ class OnnxPrograms:
         folder: of `utils.export --format onnx`.
         threads: slices that run at a time where sessions have one thread each; default: one per core.
     Attributes:
-        about: content of model.json.
+        header: content of model.json.
         n_exits: number of programs.
     Raises:
         UserError: for a folder that is missing, incomplete or of another format, and for a missing or too old ONNX Runtime.
@@ -94,10 +94,10 @@ class OnnxPrograms:
 
     def __init__(self, folder: str | Path, threads: int | None = None) -> None:
         folder = Path(folder)
-        self.about = read_about(folder)
+        self.header = read_header(folder)
         self.shares_pool = has_shared_pool()
         self._sessions = []
-        for name in self.about["steps"]:
+        for name in self.header["steps"]:
             path = folder / name
             try:
                 session = open_session(str(path))
@@ -129,7 +129,7 @@ class OnnxPrograms:
         Raises:
             UserError: for another shape than (B, 3, side, side).
         """
-        side = self.about["image_size"]
+        side = self.header["image_size"]
         if images.ndim != 4 or images.shape[1:] != (3, side, side):
             raise UserError(f"images have the shape {'x'.join(map(str, images.shape))}, expected (B, 3, {side}, {side})")
         return np.ascontiguousarray(images, np.float32)
@@ -165,8 +165,8 @@ class OnnxEarlyExit:
         self.thresholds = np.asarray(thresholds, np.float64)
         if self.thresholds.shape != (programs.n_exits,) or np.isnan(self.thresholds).any():
             raise UserError(f"thresholds must be {programs.n_exits} numbers, one for each exit, got {list(thresholds)}")
-        self.costs = list(costs if costs is not None else programs.about["macs"])
-        self.temperatures = list(calibration or programs.about.get("calibration") or [1.0] * programs.n_exits)
+        self.costs = list(costs if costs is not None else programs.header["macs"])
+        self.temperatures = list(calibration or programs.header.get("calibration") or [1.0] * programs.n_exits)
         if len(self.temperatures) != programs.n_exits or not all(0 < t < math.inf for t in self.temperatures):
             raise UserError(f"calibration must be {programs.n_exits} positive numbers, one per exit, got {self.temperatures}")
         self.monitor = monitor
@@ -214,7 +214,7 @@ class OnnxEarlyExit:
             state = self.programs.step(n, state)
             scores = state[0]
             final = n == last or threshold == -math.inf or time.perf_counter() >= end
-            if not final and threshold == math.inf:   # nobody leaves, whatever the confidence
+            if not final and threshold == math.inf:   # no input leaves, whatever the confidence
                 continue
             certainty = self.measure(softmax(scores, self.temperatures[n]))
             leaves = np.full(len(rows), True) if final else certainty >= threshold
@@ -268,7 +268,7 @@ def open_session(program: str | bytes) -> Any:
     return runtime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
 
 
-def read_about(folder: Path) -> dict[str, Any]:
+def read_header(folder: Path) -> dict[str, Any]:
     """Content of a folder's model.json.
 
     Raises:
@@ -276,17 +276,17 @@ def read_about(folder: Path) -> dict[str, Any]:
     """
     path = folder / "model.json"
     try:
-        about = read_json(path, {"format": int, "runtime": str}, older={"runtime": "torch"})
+        header = read_json(path, {"format": int, "runtime": str}, older={"runtime": "torch"})
     except OSError as error:
         raise UserError(f"{folder} holds no exported network (model.json: {error.strerror}); python -m utils.export writes "
                         "one") from error
-    if about["runtime"] != "onnx":
+    if header["runtime"] != "onnx":
         raise UserError(f"{folder} holds programs of torch.export; export again with --format onnx")
-    if about["format"] not in FORMATS:
-        raise UserError(f"{path} is of format {about['format']}; this version reads {', '.join(map(str, FORMATS))}")
-    if problem := misfit(about, {"steps": [str], "macs": [int], "image_size": int}):
+    if header["format"] not in FORMATS:
+        raise UserError(f"{path} is of format {header['format']}; this version reads {', '.join(map(str, FORMATS))}")
+    if problem := misfit(header, {"steps": [str], "macs": [int], "image_size": int}):
         raise UserError(f"{path} is damaged: {problem}")
-    return about
+    return header
 
 
 def _runtime() -> Any:

@@ -11,14 +11,14 @@ import numpy as np
 from adaptive_inference import exit_shares, fit_thresholds, solve_exit_rate
 from utils.core.errors import UserError
 from utils.core.files import misfit, read_json
-from utils.core.log import say
+from utils.core.log import echo
 from utils.core.tables import millions
 from utils.evaluation.drift import ExitMonitor
 from utils.evaluation.predict import Predictions
 from utils.evaluation.thresholds import optimised_thresholds
 from utils.options.catalog import THRESHOLDS
 from utils.runs.checkpoint import hash_weights
-from utils.runs.result_files import stem
+from utils.runs.result_files import result_name
 
 logger = logging.getLogger("boostnet")
 
@@ -82,7 +82,7 @@ def warn_of_missed_budgets(points: Sequence[dict[str, Any]], n_valid: int) -> No
     misses = {point["budget"]: point["valid_mean_macs"] / point["budget"] - 1 for point in points}
     missed = [f"{millions(budget)} ({100 * miss:+.1f} %)" for budget, miss in misses.items() if abs(miss) > MISSED_BUDGET]
     if missed:
-        say(f"warning: thresholds from {n_valid} held-out images do not meet these budgets more closely: {', '.join(missed)}")
+        echo(f"warning: thresholds from {n_valid} held-out images do not meet these budgets more closely: {', '.join(missed)}")
 
 
 def stored(folder: Path, saved: dict[str, Any], suffix: str = "", **reading: Any) -> list[dict[str, Any]]:
@@ -108,7 +108,7 @@ def stored_curve(folder: Path, saved: dict[str, Any], suffix: str = "", *, tempe
         calibrated: whether they are of calibrated confidences; `calibration` in the result then holds the temperatures.
     """
     read = {"temperatures": list(temperatures or saved.get("temperatures") or []), "ensemble": ensemble, "policy": policy}
-    path = folder / f"{stem('dynamic', {**read, 'family': family, 'calibration': calibrated}, suffix)}.json"
+    path = folder / f"{result_name('dynamic', {**read, 'family': family, 'calibration': calibrated}, suffix)}.json"
     try:
         curve = read_json(path, {"macs": [float], "points": list})
     except (FileNotFoundError, NotADirectoryError):
@@ -158,9 +158,9 @@ def monitor(curve: dict[str, Any], i: int) -> ExitMonitor | None:
     return ExitMonitor(found["exit_share"][i], found["n_images"], curve["macs"], thresholds=NAMES[curve["family"]])
 
 
-def is_of_half_precision(about: dict[str, Any]) -> bool:
+def is_of_half_precision(header: dict[str, Any]) -> bool:
     """Whether published arrays, or a curve drawn from them, have confidences that were rounded to half precision."""
-    return about.get("precision") == "half" and about.get("confidence_type") != CONFIDENCE_TYPE
+    return header.get("precision") == "half" and header.get("confidence_type") != CONFIDENCE_TYPE
 
 
 def choose(points: Sequence[dict[str, Any]], costs: Sequence[float], budget: float | None) -> dict[str, Any] | None:

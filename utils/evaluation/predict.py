@@ -1,4 +1,4 @@
-"""One pass of evaluation over a data set; its figures stay on the device until they are asked for."""
+"""One pass of evaluation over a data set; its figures stay on the device until they are read."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.core.distributed import gather_samples, sum_over_ranks
+from utils.core.distributed import all_reduce_sum, gather_samples
 from utils.evaluation.confidence import Measure, confidence, margin
 
 PART = 4096   # images whose stored logits are read at a time
@@ -38,7 +38,7 @@ class Predictions(NamedTuple):
         confidence: (n_exits, N) float32, largest softmax probability, or what else tells a certain answer.
         correct: (n_exits, N) bool, top-1 hit.
         top5: (n_exits,) float64, percent of samples whose label is among the five highest (all, with fewer classes).
-        details: None unless asked for.
+        details: None unless requested.
     """
 
     confidence: Tensor
@@ -58,7 +58,7 @@ class Predictions(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """All that a network said about a data set, in file order, on the CPU.
+    """All predictions of a network for a data set, in file order, on the CPU.
 
     Attributes:
         logits: (n_exits, N, C) float32, F_n before softmax.
@@ -86,12 +86,12 @@ def predict(model: nn.Module, batches, measure: Measure = confidence, *, calibra
         if len(labels):   # else its images could not be read
             found.add(torch.stack([p.float() for p in model(images)]), labels)
     model.train(was_training)
-    return found.of_all_ranks(batches.index)
+    return found.all_gather(batches.index)
 
 
 @torch.inference_mode()
 def collect(model: nn.Module, batches) -> Outputs:
-    """What every exit says about every sample of `batches`; all processes get the whole.
+    """Predictions of every exit for every sample of `batches`; all processes get the whole.
 
     It takes 4 N C bytes for each exit, 1 GB for 50,000 images of ImageNet and 5 exits.
     """
@@ -150,10 +150,10 @@ class _Figures:
         details = self.details and Details(*(torch.cat(column, dim=1).cpu() for column in zip(*self.details)))
         return Predictions(certainty.cpu(), correct.cpu(), 100 * self.top5.double().cpu() / certainty.shape[1], details)
 
-    def of_all_ranks(self, index: Tensor) -> Predictions:
+    def all_gather(self, index: Tensor) -> Predictions:
         certainty, correct = torch.cat(self.certainty, dim=1), torch.cat(self.correct, dim=1)
         index = index[:certainty.shape[1]]   # images left out as unreadable shift the order, not the figures
         certainty, correct = gather_samples(certainty, index).cpu(), gather_samples(correct.byte(), index).bool().cpu()
         details = self.details and Details(*(gather_samples(torch.cat(column, dim=1), index).cpu()
                                              for column in zip(*self.details)))
-        return Predictions(certainty, correct, 100 * sum_over_ranks(self.top5).double().cpu() / certainty.shape[1], details)
+        return Predictions(certainty, correct, 100 * all_reduce_sum(self.top5).double().cpu() / certainty.shape[1], details)

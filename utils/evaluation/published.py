@@ -28,7 +28,7 @@ from models import BoostedNet
 from utils.core import distributed, lock
 from utils.core.errors import UserError
 from utils.core.files import TEMPORARY, atomic_write, misfit, read_json, write_json
-from utils.core.log import say
+from utils.core.log import echo
 from utils.core.tables import format_table
 from utils.evaluation.drift import ExitMonitor
 from utils.evaluation.early_exit import EarlyExit
@@ -58,7 +58,7 @@ PATHS = ("result_dir", "tensorboard_dir", "data_root", "checkpoint", "teacher")
 
 
 class Arrays(NamedTuple):
-    """What a network said about one set of images.
+    """What a network predicted for one set of images.
 
     Attributes:
         confidence: (n_exits, N) float32.
@@ -86,14 +86,14 @@ def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.half() if tensor.is_floating_point() and tensor.ndim > 1 else tensor for name, tensor in weights.items()}
 
 
-def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, about: dict[str, Any], source: Path,
+def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, header: dict[str, Any], source: Path,
             dynamic: bool, details: bool = False) -> None:
     """Write all that is published of a checkpoint, and print what half precision changes.
 
     Args:
         model: the checkpoint's network; it ends with the rounded weights.
         saved: content of the checkpoint.
-        about: from `utils.evaluation.modes.header`.
+        header: from `utils.evaluation.modes.result_header`.
         source: folder of the run, with its results.json.
         dynamic: budgeted batch with hold-out and released sweep, in place of anytime prediction.
         details: keep what `Arrays` calls details.
@@ -104,7 +104,7 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
     if "architecture" not in saved:   # a file that no program here could read again
         raise UserError("--publish is for checkpoints of training runs here; this one says nothing about its network")
     results = _read_results(source)
-    _require_own_folder(folder, about, results)
+    _require_own_folder(folder, header, results)
     kind = "dynamic" if dynamic else "anytime"
     if dynamic:
         require_hold_out(data)
@@ -118,25 +118,25 @@ def publish(model: BoostedNet, saved: dict[str, Any], data, folder: Path, *, abo
     parts = {"test": Arrays.of(rounded)}
     if dynamic:
         parts["valid"] = Arrays.of(predict(model, data.valid(), details=details))
-    about = {**about, **{f"n_{name}": part.correct.shape[1] for name, part in parts.items()},
+    header = {**header, **{f"n_{name}": part.correct.shape[1] for name, part in parts.items()},
              "weights_hash": checkpoint.hash_weights(content["state_dict"]),   # of those that are published
              "precision": "half", "confidence_type": CONFIDENCE_TYPE, "top5": rounded.top5.tolist(),
              **({"top1_float32": top1_float32} if top1_float32 else {})}
     if not distributed.is_main():
         return
     checkpoint.save(folder / f"model_{kind}.pth", content)
-    save_arrays(folder / f"arrays_{kind}.npz", about, parts)
+    save_arrays(folder / f"arrays_{kind}.npz", header, parts)
     if results:
         write_json(folder / RESULTS, results)
     redraw(folder, kind)
-    averaged = f", {averaged_words(about)}" if averaged_words(about) else ""
+    averaged = f", {averaged_words(header)}" if averaged_words(header) else ""
     unknown = ["-"] * model.n_exits
     before = [f"{top1:.2f}" for top1 in top1_float32] if top1_float32 else unknown
     changed = (full.correct != rounded.correct).sum(dim=1).tolist() if full else unknown
-    say(format_table(["exit", "float32 top-1 %", "half top-1 %", "answers changed"],
-                     [[n + 1, a, f"{b:.2f}", c] for n, (a, b, c) in enumerate(zip(before, rounded.top1, changed))],
-                     title=f"\n{folder}{averaged}: {rounded.n_samples} test images; an answer changed where it became right or "
-                           "wrong"))
+    echo(format_table(["exit", "float32 top-1 %", "half top-1 %", "answers changed"],
+                      [[n + 1, a, f"{b:.2f}", c] for n, (a, b, c) in enumerate(zip(before, rounded.top1, changed))],
+                      title=f"\n{folder}{averaged}: {rounded.n_samples} test images; an answer changed where it became right or "
+                            "wrong"))
 
 
 def _is_half(weights: dict[str, Tensor]) -> bool:
@@ -165,7 +165,7 @@ def _read_results(run: Path) -> dict[str, Any] | None:
     return {**results, "config": config}
 
 
-def _require_own_folder(folder: Path, about: dict[str, Any], results: dict[str, Any] | None) -> None:
+def _require_own_folder(folder: Path, header: dict[str, Any], results: dict[str, Any] | None) -> None:
     """Refuse a folder where files of a run, or of anything else, would be overwritten or mixed up with what is published."""
     if any((folder / name).exists() for name in (*checkpoint.NAMES, SPLIT, lock.NAME)):
         raise UserError(f"{folder} holds a run, whose evaluation files would be overwritten; name another folder for --publish")
@@ -177,16 +177,16 @@ def _require_own_folder(folder: Path, about: dict[str, Any], results: dict[str, 
     for path in arrays:
         before = load_arrays(path)[0]
         named = ("dataset", "method", "config", "temperatures", "split_hash")
-        other = [name for name in named if before.get(name) != about[name]]
+        other = [name for name in named if before.get(name) != header[name]]
         if other:
             raise UserError(f"{folder} holds another published network, with another {other[0]}; name a new folder for --publish")
     if arrays and (_read_results(folder) or {}).get("config") != (results or {}).get("config"):
         raise UserError(f"{folder} holds another published run, of other flags; name a new folder for --publish")
 
 
-def save_arrays(path: Path, about: dict[str, Any], parts: dict[str, Arrays]) -> None:
+def save_arrays(path: Path, header: dict[str, Any], parts: dict[str, Arrays]) -> None:
     """Write confidences in float32 and one bit for each answer."""
-    arrays = {"about": np.array(json.dumps(about))}
+    arrays = {"about": np.array(json.dumps(header))}
     for name, part in parts.items():
         arrays |= {f"{name}_confidence": part.confidence, f"{name}_correct": np.packbits(part.correct, axis=1)}
         for detail, values in (part.details or {}).items():
@@ -203,14 +203,14 @@ def load_arrays(path: Path) -> tuple[dict[str, Any], dict[str, Arrays]]:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            about, parts = dict(json.loads(str(file["about"]))), {}
+            header, parts = dict(json.loads(str(file["about"]))), {}
             for name in ("test", "valid"):
                 if f"{name}_confidence" in file:
                     confidence = file[f"{name}_confidence"].astype(np.float32)   # older files have float16
                     correct = np.unpackbits(file[f"{name}_correct"], axis=1, count=confidence.shape[1]).astype(bool)
                     details = {detail: file[f"{name}_{detail}"] for detail in Details._fields if f"{name}_{detail}" in file}
                     parts[name] = Arrays(confidence, correct, details if len(details) == len(Details._fields) else None)
-        return about, parts
+        return header, parts
     except Exception as error:   # zipfile, NumPy and json have a dozen ways to say it
         raise UserError(f"{path} is not a file of published arrays: {error}") from error
 
@@ -233,10 +233,10 @@ def open_published(weights: Path, budget: float | None = None, device: str | tor
     if budget is None:
         return model.to(device)
     path = weights.with_name("arrays_dynamic.npz")
-    about, parts = load_arrays(path)
-    if about.get("weights_hash") != checkpoint.hash_weights(saved["state_dict"]) or "valid" not in parts:
+    header, parts = load_arrays(path)
+    if header.get("weights_hash") != checkpoint.hash_weights(saved["state_dict"]) or "valid" not in parts:
         raise UserError(f"{path} holds no confidences of {weights.name} on held-out images, to which thresholds could be fitted")
-    macs, valid = about["macs"], parts["valid"]
+    macs, valid = header["macs"], parts["valid"]
     thresholds = fit(valid.confidence, macs, budget)
     share = evaluate_thresholds(valid.confidence, valid.correct, thresholds, macs)[2]
     monitor = ExitMonitor(share, valid.correct.shape[1], macs, thresholds="geometric")
@@ -249,25 +249,25 @@ def redraw(folder: Path, kind: str, *, optimised: bool = False) -> list[Path]:
     With `optimised`, or where it is there already, the dynamic ones are joined by that of thresholds chosen for accuracy.
     """
     path = folder / f"arrays_{kind}.npz"
-    about, parts = load_arrays(path)
+    header, parts = load_arrays(path)
     needed = {"test"} if kind == "anytime" else {"test", "valid"}
     n_exits = {len(part) for arrays in parts.values() for part in (*arrays[:2], *(arrays.details or {}).values())}
-    macs = about.get("macs")
+    macs = header.get("macs")
     drawable = misfit(macs, [float]) is None and all(step > 0 for step in rising(macs)) and n_exits == {len(macs)}
-    if parts.keys() != needed or not drawable or "top5" not in about:
+    if parts.keys() != needed or not drawable or "top5" not in header:
         raise UserError(f"{path} does not hold what {kind} curves are drawn from")
     test = parts["test"]
-    top5 = about.pop("top5")
+    top5 = header.pop("top5")
     if kind == "anytime":
-        curves = {"anytime": {**about, "top1": test.top1, "top5": top5}}
+        curves = {"anytime": {**header, "top1": test.top1, "top5": top5}}
         if test.details:
-            curves["reliability"] = {**about, **reliability(*test), "ideal": ideal_score(test.correct, macs)}
+            curves["reliability"] = {**header, **reliability(*test), "ideal": ideal_score(test.correct, macs)}
     else:
         both = (*parts["valid"][:2], *test[:2], macs)
         fitted = budget_curve(*both)
         optimised = optimised or (folder / "dynamic_optimised.json").exists()   # which must not be of other weights
         chosen = optimised_curve(*both) if optimised else None
-        curves = {name: {**about, "family": family, "flat": False, "augmented_hold_out": False,
+        curves = {name: {**header, "family": family, "flat": False, "augmented_hold_out": False,
                          "points": [{**point, "thresholds": finite(point["thresholds"])} for point in points]}
                   for name, family, points in (("dynamic", "eq9", fitted),
                                                ("dynamic_released", "released", released_curve(*both)),
@@ -275,10 +275,10 @@ def redraw(folder: Path, kind: str, *, optimised: bool = False) -> list[Path]:
     for name, curve in curves.items():
         write_json(folder / f"{name}.json", curve)
     if kind == "dynamic":
-        if is_of_half_precision(about):
-            say(f"note: {path} has confidences in half precision, where all above 1 - 2^-12 are equal "
-                f"({100 * (test.confidence == 1).mean():.1f} % of the test set's)")
+        if is_of_half_precision(header):
+            echo(f"note: {path} has confidences in half precision, where all above 1 - 2^-12 are equal "
+                 f"({100 * (test.confidence == 1).mean():.1f} % of the test set's)")
         warn_of_missed_budgets(fitted, len(parts["valid"].correct[0]))
         if chosen:
-            say(f"{folder}: {describe_gain(chosen, macs)}")
+            echo(f"{folder}: {describe_gain(chosen, macs)}")
     return [folder / f"{name}.json" for name in curves]

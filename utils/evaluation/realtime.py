@@ -15,7 +15,7 @@ from adaptive_inference import evaluate_thresholds, exit_index
 from utils.core import distributed
 from utils.core.errors import UserError
 from utils.core.files import write_json
-from utils.core.log import say
+from utils.core.log import echo
 from utils.core.machine import versions
 from utils.core.tables import format_table, millions
 from utils.data.batches import Batches
@@ -28,7 +28,7 @@ from utils.evaluation.runtime import Runtime
 from utils.evaluation.thresholds import certify, describe_promise, promise_entries
 from utils.options.catalog import THRESHOLDS
 from utils.runs.restore import name_outputs
-from utils.runs.result_files import CHOSEN, FAMILIES, describe, stem
+from utils.runs.result_files import CHOSEN, FAMILIES, describe, result_name
 
 REPEATS = 7
 PART_BYTES = 2**29   # of images that are held in memory at a time
@@ -36,7 +36,7 @@ PART_BYTES = 2**29   # of images that are held in memory at a time
 ROUNDING = 1e-6
 
 
-def evaluate_realtime(runtime: Runtime, data, folder: Path, *, about: dict[str, Any], budgets: Sequence[float] | None = None,
+def evaluate_realtime(runtime: Runtime, data, folder: Path, *, header: dict[str, Any], budgets: Sequence[float] | None = None,
                       cost: str = "macs", thresholds: str = "geometric", max_drop: float | None = None, level: float = 0.95,
                       chosen_on_hold_out: bool = False, calibrate: bool = False, suffix: str = "",
                       predictions: str | None = None) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def evaluate_realtime(runtime: Runtime, data, folder: Path, *, about: dict[str, 
 
     Args:
         runtime: the network, ready for early exit.
-        about: what result files say of the network, from `utils.evaluation.modes.header`; `runtime` in it names the runtime.
+        header: of result files, from `utils.evaluation.modes.result_header`; `runtime` in it names the runtime.
         budgets: average cost per image; None takes five between the costs of the first and of the last exit.
         cost: "macs", or "latency" for budgets in milliseconds per image. The cost of an exit is then measured here, on a
             batch of the evaluation's size.
@@ -62,7 +62,7 @@ def evaluate_realtime(runtime: Runtime, data, folder: Path, *, about: dict[str, 
         raise UserError("early exit is measured in one process; start the script without torchrun")
     operating_points.require_hold_out(data)
     latency_ms = measure_latency(runtime, next(iter(data.valid())).images)
-    costs = latency_ms.tolist() if cost == "latency" else about["macs"]
+    costs = latency_ms.tolist() if cost == "latency" else header["macs"]
     promised = max_drop is not None
     budgets = budgets or [operating_points.between(costs, fraction) for fraction in operating_points.DEFAULT_BUDGETS]
     for budget in budgets:   # a budget out of range is refused before the network runs
@@ -80,18 +80,18 @@ def evaluate_realtime(runtime: Runtime, data, folder: Path, *, about: dict[str, 
     for (limits, entries), of_test in zip(chosen, passes):
         spent = evaluate_thresholds(valid.confidence, valid.correct, limits, costs)[1]
         points.append({**entries, "thresholds": operating_points.finite(limits), "valid_mean_cost": spent,
-                       **_point(of_test, test, limits, about["macs"], latency_ms)})
+                       **_point(of_test, test, limits, header["macs"], latency_ms)})
     if predictions:
         names = name_outputs(data.class_names, data.num_classes)
-        write_predictions(Path(predictions), map(str, range(test.n_samples)), passes[0].exits_of_all(), names, about["macs"])
-    about = about | {"n_valid": valid.n_samples, "n_test": test.n_samples, **stated(calibration)}
-    result = {**about, "family": "promise" if promised else THRESHOLDS[thresholds], "cost": cost,
+        write_predictions(Path(predictions), map(str, range(test.n_samples)), passes[0].exits_of_all(), names, header["macs"])
+    header = header | {"n_valid": valid.n_samples, "n_test": test.n_samples, **stated(calibration)}
+    result = {**header, "family": "promise" if promised else THRESHOLDS[thresholds], "cost": cost,
               "batch_size": len(next(iter(data.test())).images), "latency_ms": latency_ms.tolist(),
               "versions": versions(next(iter(data.test())).images.device), "points": points}
-    write_json(folder / f"{stem('realtime', result, suffix)}.json", result)
+    write_json(folder / f"{result_name('realtime', result, suffix)}.json", result)
     _print(result)
     if promised:
-        say(describe_promise(points[0], chosen_on_hold_out=chosen_on_hold_out))
+        echo(describe_promise(points[0], chosen_on_hold_out=chosen_on_hold_out))
     return result
 
 
@@ -169,8 +169,8 @@ def _print(result: dict[str, Any]) -> None:
     unit = "ms" if in_ms else "MACs"
     rows = []
     for point in points:
-        asked, promised = ((f"{point[name]:.4g}" if in_ms else millions(point[name])) for name in ("budget", "valid_mean_cost"))
-        rows.append([asked, promised, millions(point["mean_macs"]), millions(point["simulated_mean_macs"]),
+        budget, held_out = ((f"{point[name]:.4g}" if in_ms else millions(point[name])) for name in ("budget", "valid_mean_cost"))
+        rows.append([budget, held_out, millions(point["mean_macs"]), millions(point["simulated_mean_macs"]),
                      f"{point['top1']:.2f}", f"{point['simulated_top1']:.2f}", f"{point['seconds']:.2f}",
                      f"{point['ms_per_image']:.4g}", f"{point['predicted_ms']:.4g}", point["n_differ"],
                      " ".join(f"{100 * share:3.0f}" for share in point["exit_share"])])
@@ -179,9 +179,9 @@ def _print(result: dict[str, Any]) -> None:
              f"{result['n_test']} test images in batches of {result['batch_size']}, 10^6 MACs and ms per image\n"
              f"{machine['device']}, {machine['threads']} CPU threads, torch {machine['torch']}; to reach each exit "
              f"{' '.join(f'{ms:.3g}' for ms in result['latency_ms'])} ms per image")
-    asked = "tested part" if result["family"] == "promise" else "budget"
-    say(format_table([f"{asked}, {unit}", f"hold-out {unit}", "test MACs", "simulated", "top-1", "simulated", "wall s",
-                      "ms/image", "predicted", "differ", "exits, %"], rows, title=title))
+    target = "tested part" if result["family"] == "promise" else "budget"
+    echo(format_table([f"{target}, {unit}", f"hold-out {unit}", "test MACs", "simulated", "top-1", "simulated", "wall s",
+                       "ms/image", "predicted", "differ", "exits, %"], rows, title=title))
     n_differ, near = (sum(point[name] for point in points) for name in ("n_differ", "n_differ_by_rounding"))
-    say(f"{n_differ} of {result['n_test'] * len(points)} answers differ from the simulation, {near} of them where a confidence "
-        f"lies within {ROUNDING:g} of its threshold")
+    echo(f"{n_differ} of {result['n_test'] * len(points)} answers differ from the simulation, {near} of them where a confidence "
+         f"lies within {ROUNDING:g} of its threshold")

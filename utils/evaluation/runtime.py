@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models import BoostedNet
 from utils.core.errors import UserError
-from utils.core.log import say
+from utils.core.log import echo
 from utils.evaluation.confidence import MEASURES, Measure
 from utils.evaluation.early_exit import EarlyExit, Exits
 from utils.evaluation.fast_form import exit_times, prepare_for_inference
@@ -36,7 +36,7 @@ class Runtime(Protocol):
         """A function from images (B, 3, H, W) to class, confidence and exit of each."""
 
     def exit_times(self, images: Tensor) -> np.ndarray:
-        """(n_exits,) seconds of every step on a batch that nobody leaves."""
+        """(n_exits,) seconds of every step on a batch that no image leaves."""
 
 
 class TorchRuntime:
@@ -103,7 +103,7 @@ def open_runtime(name: str, model: BoostedNet, saved: dict[str, Any], folder: Pa
     read = "_".join(f"{t:.12g}" for t in dict.fromkeys(model.temperatures))
     programs = folder / f"onnx_{hash_weights(saved['state_dict'])[:16]}_{type(model).__name__.lower()}_{read}"
     if not (programs / ABOUT).is_file():
-        say(f"exporting {model.n_exits} exits to {programs}, once")
+        echo(f"exporting {model.n_exits} exits to {programs}, once")
         for _ in write_folder(model, saved, [], programs, "onnx"):
             pass
     return OnnxRuntime(OnnxPrograms(programs), policy)

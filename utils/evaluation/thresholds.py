@@ -268,7 +268,7 @@ def _best_corners(confidence: np.ndarray, correct: np.ndarray, costs: np.ndarray
 
 
 def fit_shares(confidence: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Thresholds for shares as they come out of the optimisation; where nobody is left over, everybody leaves.
+    """Thresholds for shares as they come out of the optimisation; where no input is left over, all leave.
 
     Unlike with the shares of eq. 9, later exits may be out of use: a new input less confident than all of the hold-out must
     not go on to them.

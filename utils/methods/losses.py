@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.core.distributed import sum_over_ranks, world_size
+from utils.core.distributed import all_reduce_sum, world_size
 
 
 def cross_entropies(predictions: list[Tensor], labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -46,7 +46,7 @@ class ExitLosses:
         return total * share if share != 1.0 else total
 
     def _equalised(self, per_exit: Tensor, share: float) -> Tensor:
-        current = sum_over_ranks(per_exit.detach() * share) / world_size()
+        current = all_reduce_sum(per_exit.detach() * share) / world_size()
         self.average = current if self.average is None else 0.9 * self.average + 0.1 * current
         return self.average.mean() * (per_exit / self.average).sum()
 

@@ -44,7 +44,7 @@ LEAST_SIDE, LARGEST_SIDE = 32, 4096
 
 
 def stem_for(image_size: int) -> str:
-    """First layer of a network for images of this side where nobody chooses another one."""
+    """First layer of a network for images of this side where no other is chosen."""
     return "large" if image_size >= LARGE_FROM else "small"
 
 

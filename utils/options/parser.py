@@ -11,7 +11,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from utils.core.errors import let_first_speak
+from utils.core.errors import wait_unless_first
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -19,7 +19,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         one_line = " ".join(message.split())
-        let_first_speak()
+        wait_unless_first()
         self.exit(2, f"{self.prog}: error: {one_line} (see {self.prog} --help)\n")
 
     def _get_values(self, action, arg_strings):

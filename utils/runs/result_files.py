@@ -51,45 +51,45 @@ FAMILIES = {
 CHOSEN = ("optimised", "promise")   # families in files of their own, beside those of the paper
 
 
-def stem(mode: str, about: Mapping[str, Any], save_suffix: str = "") -> str:
+def result_name(mode: str, header: Mapping[str, Any], save_suffix: str = "") -> str:
     """Name of an evaluation file, without its ending, so that one way to evaluate does not overwrite another's.
 
     Args:
         mode: "anytime", "dynamic", "realtime" or "reliability".
-        about: content of the file, or as much of it as is not as usual: `flat`, `family`, `augmented_hold_out`, `calibration`,
+        header: content of the file, or as much of it as is not as usual: `flat`, `family`, `augmented_hold_out`, `calibration`,
             `ensemble` (with `temperatures`), `policy`.
         save_suffix: the user's own (--save_suffix).
     """
-    policy, temperatures = about.get("policy"), unusual_temperatures(about)
-    chosen = about.get("family") if about.get("family") in CHOSEN else None
-    parts = ["flat" if about.get("flat") else None, chosen, "augmented" if about.get("augmented_hold_out") else None,
-             "calibrated" if about.get("calibration") else None,
-             about.get("ensemble"), f"t{temperatures}" if temperatures else None, policy if policy != "confidence" else None]
+    policy, temperatures = header.get("policy"), unusual_temperatures(header)
+    chosen = header.get("family") if header.get("family") in CHOSEN else None
+    parts = ["flat" if header.get("flat") else None, chosen, "augmented" if header.get("augmented_hold_out") else None,
+             "calibrated" if header.get("calibration") else None,
+             header.get("ensemble"), f"t{temperatures}" if temperatures else None, policy if policy != "confidence" else None]
     return "_".join([mode, *filter(None, parts)]) + save_suffix
 
 
-def describe(about: Mapping[str, Any]) -> str:
+def describe(header: Mapping[str, Any]) -> str:
     """The method of a result file, with weights, ensemble and policy where they are not the usual ones (some files have none)."""
-    how = reading_words(about)
-    return f"{about['method']} ({', '.join(how)})" if how else about["method"]
+    how = reading_words(header)
+    return f"{header['method']} ({', '.join(how)})" if how else header["method"]
 
 
-def averaged_words(about: Mapping[str, Any]) -> str | None:
+def averaged_words(header: Mapping[str, Any]) -> str | None:
     """What a file's weights are, where they are an average over the steps of training (--ema)."""
-    return f"averaged weights, decay {about['ema']:.12g}" if about.get("ema") else None
+    return f"averaged weights, decay {header['ema']:.12g}" if header.get("ema") else None
 
 
-def reading_words(about: Mapping[str, Any]) -> list[str]:
+def reading_words(header: Mapping[str, Any]) -> list[str]:
     """What is not usual in a result file's weights, and in how its exits were read."""
-    temperatures = unusual_temperatures(about)
-    words = (averaged_words(about), ENSEMBLES.get(about.get("ensemble")), temperatures and f"t = {temperatures}",
-             POLICIES.get(about.get("policy")), "calibrated" if about.get("calibration") else None)
+    temperatures = unusual_temperatures(header)
+    words = (averaged_words(header), ENSEMBLES.get(header.get("ensemble")), temperatures and f"t = {temperatures}",
+             POLICIES.get(header.get("policy")), "calibrated" if header.get("calibration") else None)
     return [word for word in words if word]
 
 
-def unusual_temperatures(about: Mapping[str, Any]) -> str | None:
+def unusual_temperatures(header: Mapping[str, Any]) -> str | None:
     """Temperatures with which exits that were trained alone are added up, where they are not the paper's."""
-    used = dict.fromkeys(about.get("temperatures", [])[1:])   # t_1 has nothing to reweight
-    if about.get("ensemble") != "boost" or used.keys() <= {TEMPERATURE}:
+    used = dict.fromkeys(header.get("temperatures", [])[1:])   # t_1 has nothing to reweight
+    if header.get("ensemble") != "boost" or used.keys() <= {TEMPERATURE}:
         return None
-    return "-".join(f"{t:.12g}" for t in (used if len(used) == 1 else about["temperatures"][1:]))
+    return "-".join(f"{t:.12g}" for t in (used if len(used) == 1 else header["temperatures"][1:]))

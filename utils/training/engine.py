@@ -1,4 +1,4 @@
-"""One epoch of training, whose figures stay on the device until they are asked for."""
+"""One epoch of training, whose losses and counts stay on the device until they are read."""
 from __future__ import annotations
 
 import math
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from utils.core.distributed import of_all_ranks, rank, sum_over_ranks, world_size
+from utils.core.distributed import all_gather, all_reduce_sum, rank, world_size
 from utils.core.errors import TrainingDiverged, UserError
 from utils.methods import Method
 
@@ -23,7 +23,7 @@ def valid_share(per_sample: Tensor) -> Tensor:
     return (per_sample > per_sample[0].quantile(0.1)).float().mean(dim=1)
 
 
-class EpochFigures:
+class EpochMeters:
     """Sums over the samples of one epoch, per exit, on the device.
 
     Attributes:
@@ -66,15 +66,15 @@ class EpochFigures:
     def summary(self) -> dict[str, list[float]]:
         """Means over all samples of all ranks: train_loss, train_top1 in percent, valid_share; one value per exit."""
         counts = torch.tensor([self.samples], dtype=torch.float64, device=self.sums.device)
-        total = sum_over_ranks(torch.cat([self.sums.flatten(), counts]))
+        total = all_reduce_sum(torch.cat([self.sums.flatten(), counts]))
         loss, top1, valid = (total[:-1] / total[-1]).view_as(self.sums)
         return {"train_loss": loss.tolist(), "train_top1": (100 * top1).tolist(), "valid_share": valid.tolist()}
 
     def state_dict(self) -> dict:
         """Sums of each process, which all have to call this; the rest is the same in all of them."""
         samples = torch.tensor(self.samples, device=self.sums.device)
-        return {"sums": of_all_ranks(self.sums), "first_bad": of_all_ranks(self.first_bad),
-                "samples": of_all_ranks(samples).tolist(), "steps": self.steps, "skipped": self.skipped, "seconds": self.seconds}
+        return {"sums": all_gather(self.sums), "first_bad": all_gather(self.first_bad),
+                "samples": all_gather(samples).tolist(), "steps": self.steps, "skipped": self.skipped, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict) -> None:
         self.sums.copy_(state["sums"][rank()])
@@ -83,14 +83,14 @@ class EpochFigures:
         self.seconds = state["seconds"]
 
 
-def train_epoch(method: Method, batches: Iterable, figures: EpochFigures, *, after_step: Callable[[int], bool],
+def train_epoch(method: Method, batches: Iterable, meters: EpochMeters, *, after_step: Callable[[int], bool],
                 before_step: Callable[[int], None] = lambda step: None) -> bool:
     """Train on every batch.
 
     Args:
         method: makes a step of a batch.
         batches: of (images (B, 3, H, W), labels (B,), share), on the device.
-        figures: is added to.
+        meters: is added to.
         before_step: called with the number of steps done in this epoch.
         after_step: called with the number of steps done in this epoch; returns True to stop before the next one.
     Returns:
@@ -101,9 +101,9 @@ def train_epoch(method: Method, batches: Iterable, figures: EpochFigures, *, aft
         for batch in batches:
             if not len(batch[1]) and world_size() > 1:   # the others would wait for its gradients
                 raise UserError("a process has a batch without an image that can be read, see above; remove such files")
-            before_step(figures.steps)
-            _train_step(method, batch, figures)
-            if after_step(figures.steps):
+            before_step(meters.steps)
+            _train_step(method, batch, meters)
+            if after_step(meters.steps):
                 return False
     return True
 
@@ -124,14 +124,14 @@ def statistics_needed() -> Iterator[None]:
                         "that no training batch is left with one image, a larger --image_size or fewer scales") from error
 
 
-def _train_step(method: Method, batch: tuple[Tensor, Tensor, float], figures: EpochFigures) -> None:
-    """One step and its figures. The outcome ends here: a CUDA graph cannot be captured while an earlier autograd graph lives."""
+def _train_step(method: Method, batch: tuple[Tensor, Tensor, float], meters: EpochMeters) -> None:
+    """One step and its meters. The outcome ends here: a CUDA graph cannot be captured while an earlier autograd graph lives."""
     with statistics_needed():
         outcome = method.step(*batch) if len(batch[1]) else None
     if outcome is None:
-        figures.skip()
+        meters.skip()
     else:
-        figures.add(outcome.predictions, outcome.labels, outcome.per_sample)
+        meters.add(outcome.predictions, outcome.labels, outcome.per_sample)
 
 
 @contextmanager

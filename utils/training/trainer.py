@@ -10,13 +10,13 @@ from utils.core import distributed
 from utils.core.errors import Stopped, TrainingDiverged, UserError
 from utils.core.rng import rng_state, set_rng_state
 from utils.core.signals import StopSignals
-from utils.evaluation.modes import evaluate_anytime, header
+from utils.evaluation.modes import evaluate_anytime, result_header
 from utils.evaluation.predict import predict
 from utils.methods import Method
 from utils.runs import checkpoint
 from utils.runs.folder import Run, finished
 from utils.training.average import WeightAverage
-from utils.training.engine import EpochFigures, all_finite, train_epoch
+from utils.training.engine import EpochMeters, all_finite, train_epoch
 from utils.training.optim import Schedule
 
 
@@ -55,7 +55,7 @@ class Trainer:
         hold_out = "augmented hold-out" if paper_protocol else "hold-out"
         self.best = {"epoch": 0, "top1": -1.0, "chosen_on": hold_out if data.n_valid else "last epoch"}
         self.history: list[dict[str, Any]] = []
-        self.figures = EpochFigures(self.model.n_exits, self.device)   # of the epoch under way: its steps are the place in it
+        self.meters = EpochMeters(self.model.n_exits, self.device)   # of the epoch under way: its steps are the place in it
 
     def fit(self, signals: StopSignals | None = None) -> bool:
         """Train to the last epoch; False when a signal ended it before that, with everything saved.
@@ -75,15 +75,15 @@ class Trainer:
         try:
             while self.epoch < self.epochs:
                 if self._stop(signals):   # the end of the last epoch is saved already
-                    return self._say_stopped(signals)
+                    return self._log_stopped(signals)
                 if not self._train_steps(signals):
                     self._save()
-                    return self._say_stopped(signals)
+                    return self._log_stopped(signals)
                 self._finish_epoch()
         except Stopped:   # between two steps, or after the last one of an epoch, while the hold-out was read
             self._require_finite()
             self._save()   # in here, where the loader is still open: to close it takes long if its file system does not answer
-            return self._say_stopped(signals)
+            return self._log_stopped(signals)
         finally:
             self.run.close()
         return True
@@ -93,22 +93,22 @@ class Trainer:
         # Agreed on between two steps, since ranks that stop at different steps would wait for each other for ever.
         return distributed.any_rank(signals.received is not None)
 
-    def _say_stopped(self, signals: StopSignals) -> bool:
+    def _log_stopped(self, signals: StopSignals) -> bool:
         if distributed.is_main():
             self.run.log.info("%s: stopped at %s, all saved; the same command with --resume goes on from there",
                               signals.received or "signal to another process", self._place())
         return False
 
     def _place(self) -> str:
-        return f"step {self.figures.steps} of epoch {self.epoch + 1}" if self.figures.steps else f"the end of epoch {self.epoch}"
+        return f"step {self.meters.steps} of epoch {self.epoch + 1}" if self.meters.steps else f"the end of epoch {self.epoch}"
 
     def test(self) -> None:
         """Accuracy of the last epoch's network on the test set, which nothing but --paper_protocol has looked at before."""
         # The first process decides for all, which may not see the same files.
         if distributed.any_rank(distributed.is_main() and finished(self.run.folder, self.epoch)):
             return
-        about = header(self.content(), self.run.folder, self.judged, self.data)
-        self.run.results["test"] = evaluate_anytime(self.judged, self.data, self.run.folder, about=about)
+        header = result_header(self.content(), self.run.folder, self.judged, self.data)
+        self.run.results["test"] = evaluate_anytime(self.judged, self.data, self.run.folder, header=header)
         self.run.save_results()
 
     def resume(self, saved: dict[str, Any]) -> None:
@@ -130,17 +130,17 @@ class Trainer:
                 self.average.n_averaged = state["n_averaged"]
             self.optimizer.load_state_dict(state["optimizer"])
             self.method.load_state_dict(state["objective"])
-            self.figures.load_state_dict(state["figures"])
+            self.meters.load_state_dict(state["figures"])
             set_rng_state(state["rng"])
             self.epoch, self.best, self.history = saved["epoch"], state["best"], state["history"]
             self._note_results()   # the run may have been killed before it wrote them
         except Exception as error:   # whatever a state raises that is another method's, or another optimiser's
             raise UserError(f"{source} cannot be resumed: {type(error).__name__} {error}") from error
-        self._settle_best(source)
+        self._reconcile_best(source)
         if distributed.is_main():
             self.run.log.info("resuming at %s", self._place())
 
-    def _settle_best(self, source: str) -> None:
+    def _reconcile_best(self, source: str) -> None:
         """Make the files of the best epochs those of this history, which a kill between the saves of an epoch may have prevented.
 
         Where the best file is of an epoch that was lost with the latest checkpoint, or is gone, the best is chosen anew.
@@ -183,17 +183,17 @@ class Trainer:
 
     def _train_steps(self, signals: StopSignals) -> bool:
         """The steps of an epoch that are still to do; False when a signal came before its end."""
-        figures, smoothing = self.figures, self.method.label_smoothing
-        batches = self.data.train(self.epoch, first_batch=figures.steps)
-        n_steps = figures.steps + len(batches)
+        meters, smoothing = self.meters, self.method.label_smoothing
+        batches = self.data.train(self.epoch, first_batch=meters.steps)
+        n_steps = meters.steps + len(batches)
         counted = time.perf_counter()
 
         def count_seconds() -> None:
             nonlocal counted
             now = time.perf_counter()
-            figures.seconds, counted = figures.seconds + now - counted, now
+            meters.seconds, counted = meters.seconds + now - counted, now
 
-        with tqdm(total=n_steps, initial=figures.steps, desc=f"epoch {self.epoch + 1}/{self.epochs}",
+        with tqdm(total=n_steps, initial=meters.steps, desc=f"epoch {self.epoch + 1}/{self.epochs}",
                   unit="step", leave=False, disable=None if distributed.is_main() else True) as progress:
             def before_step(step: int) -> None:
                 self._set_learning_rates(self.epoch + step / n_steps)
@@ -201,23 +201,23 @@ class Trainer:
             def after_step(step: int) -> bool:
                 progress.update()
                 if step % self.print_freq == 0:
-                    figures.check(self.epoch, self._learning_rate)
+                    meters.check(self.epoch, self._learning_rate)
                     if self._save_is_due():
                         count_seconds()
                         self._require_finite()
                         self._save()
                     if not progress.disable:
-                        loss = figures.sums[0].sum() / max(figures.samples, 1)
+                        loss = meters.sums[0].sum() / max(meters.samples, 1)
                         progress.set_postfix({"smoothed loss" if smoothing else "loss": f"{loss.item():.3f}"}, refresh=False)
                 # Several processes agree only now and then: asking all of them makes each wait for its device.
                 return (distributed.world_size() == 1 or step % self.print_freq == 0) and self._stop(signals)
 
             try:
-                complete = train_epoch(self.method, batches, figures, before_step=before_step, after_step=after_step)
+                complete = train_epoch(self.method, batches, meters, before_step=before_step, after_step=after_step)
             finally:
                 count_seconds()
         self._require_finite()
-        if complete and not distributed.any_rank(figures.samples > 0):
+        if complete and not distributed.any_rank(meters.samples > 0):
             raise UserError(f"epoch {self.epoch + 1} had no image to train on: not one could be read")
         return complete
 
@@ -232,20 +232,20 @@ class Trainer:
 
         The last update may have spoilt the weights without any loss having shown it.
         """
-        self.figures.check(self.epoch, self._learning_rate)
+        self.meters.check(self.epoch, self._learning_rate)
         if not all_finite(self.model.state_dict().values()):
             raise TrainingDiverged(f"the weights became NaN or infinite by {self._place()} (learning rate "
                                    f"{self._learning_rate:g}); try a lower --lr_f, or look at the data")
 
     def _finish_epoch(self) -> None:
         """Validate, write down and save an epoch whose steps are done."""
-        figures = self.figures
+        meters = self.meters
         smoothing = self.method.label_smoothing
-        entry = {"epoch": self.epoch + 1, "lr": self.schedule(self.epoch), **figures.summary(),
+        entry = {"epoch": self.epoch + 1, "lr": self.schedule(self.epoch), **meters.summary(),
                  **({"label_smoothing": smoothing} if smoothing else {}),   # of train_loss
                  **({"ema": self.average.decay} if self.average else {}),   # of valid_top1 and test_top1
-                 "skipped_steps": figures.skipped, "seconds": round(figures.seconds, 3),
-                 "images_per_s": round(self.data.n_train / figures.seconds, 1)}
+                 "skipped_steps": meters.skipped, "seconds": round(meters.seconds, 3),
+                 "images_per_s": round(self.data.n_train / meters.seconds, 1)}
         distributed.share_buffers(self.model)
         if self.average:
             distributed.share_buffers(self.judged)
@@ -253,7 +253,7 @@ class Trainer:
         if self.paper_protocol:
             entry["test_top1"] = predict(self.judged, self.data.test()).top1
         self.epoch += 1
-        self.figures = EpochFigures(self.model.n_exits, self.device)
+        self.meters = EpochMeters(self.model.n_exits, self.device)
         self.history.append(entry)
         # Without a hold-out nothing may choose an epoch: the last one is the result.
         score = entry["valid_top1"][-1] if entry["valid_top1"] else None
@@ -274,13 +274,13 @@ class Trainer:
 
     def _save(self) -> None:
         """Write the latest checkpoint and, at the end of an epoch that is the best so far, the file of the best."""
-        figures = self.figures.state_dict()   # of all processes, so that all of them have to come here
+        meters = self.meters.state_dict()   # of all processes, so that all of them have to come here
         self.last_save = time.monotonic()
         if not distributed.is_main():
             return
         content = self.content()
         # The latest one first: it has all that is in the others, which a run that was killed in between writes when it resumes.
-        checkpoint.save_latest(self.run.folder, {**content, "training": self._training_state(figures)})
+        checkpoint.save_latest(self.run.folder, {**content, "training": self._training_state(meters)})
         for name in self._chosen_files():
             self._save_chosen(name, content)
 
@@ -289,7 +289,7 @@ class Trainer:
         chosen = {checkpoint.BEST: self.best["epoch"]}
         if self.paper_protocol and self.history:
             chosen[checkpoint.TEST_BEST] = best_on_test(self.history)["epoch"]
-        return [name for name, epoch in chosen.items() if epoch == self.epoch and not self.figures.steps]
+        return [name for name, epoch in chosen.items() if epoch == self.epoch and not self.meters.steps]
 
     def _save_chosen(self, name: str, content: dict[str, Any]) -> None:
         kind = content["epoch_kind"]
@@ -302,15 +302,15 @@ class Trainer:
     def content(self) -> dict[str, Any]:
         """What a checkpoint for evaluation holds, the latest one, which is taken whether or not it is the best."""
         kind = "last epoch" if self.epoch == self.epochs else "epoch"
-        if self.figures.steps:
+        if self.meters.steps:
             kind = self._place()
         averaged = {"ema": self.average.decay} if self.average else {}
         return {"state_dict": self.judged.backbone.state_dict(), **averaged, **self.description, "epoch": self.epoch,
                 "epoch_kind": kind}
 
-    def _training_state(self, figures: dict[str, Any]) -> dict[str, Any]:
+    def _training_state(self, meters: dict[str, Any]) -> dict[str, Any]:
         weights = {"weights": self.model.backbone.state_dict(), "n_averaged": self.average.n_averaged} if self.average else {}
-        return {**weights, "optimizer": self.optimizer.state_dict(), "objective": self.method.state_dict(), "figures": figures,
+        return {**weights, "optimizer": self.optimizer.state_dict(), "objective": self.method.state_dict(), "figures": meters,
                 "best": self.best, "history": self.history, "rng": rng_state(), "config": self.run.results["config"],
                 "job": distributed.job(), **self._origin()}
 
