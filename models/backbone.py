@@ -34,7 +34,7 @@ class Backbone(nn.Module):
 
     Some options need more. New exits that read each other's answers (`CollaborativeNet`) take `advance`, and classifiers that
     are `linear(pool(x))`. Weight decay interpolated from exit to exit takes `block(n)`, the modules that step n alone runs in
-    front of its classifier. Training the exits only takes `freeze`.
+    front of its classifier (for n = 0 with those of `start`), and `head(n)`. Training the exits only takes `freeze`.
 
     Attributes:
         exit_names: names of the submodules that make up the exits.

@@ -79,6 +79,16 @@ def test_details_are_those_of_the_probabilities():
     assert torch.allclose(details.squares, (probabilities ** 2).sum(dim=2), atol=1e-6)
 
 
+def test_a_process_without_images_has_empty_details_to_gather():
+    class NoBatches(list):
+        index = torch.arange(0)
+
+    model = torch.nn.Linear(1, 1)   # is not called
+    model.n_exits = 2
+    details = predict(model, NoBatches(), details=True).details
+    assert all(part.shape == (2, 0) for part in details) and details.prediction.dtype == torch.int64
+
+
 def test_ideal_score_leaves_at_the_first_right_exit_and_at_the_first_where_none_is():
     correct = np.array([[0, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 1]], bool)
     found = ideal_score(correct, [1.0, 2.0, 4.0])

@@ -509,6 +509,7 @@ def test_collaborating_exits_start_from_a_network_whose_exits_predict_alone():
     ("--method imta --checkpoint {boost}/model_best.pth", "boosted exits"),
     ("--method imta --checkpoint {joint}/model_best.pth --seed 1", "another hold-out split"),
     ("--method imta --resume", "nothing to resume"),
+    ("--freeze_backbone --resume", "nothing to resume"),
     ("--method boost_distill --teacher {joint}/model_best.pth --valid_size 9", "another hold-out split"),
     ("--method boost_distill --teacher {joint}/results.json", "it is a text file"),
     ("--method boost_distill --teacher {joint}/none.pth", "no such checkpoint"),

@@ -96,6 +96,9 @@ def test_two_weight_decays_are_interpolated_over_blocks_with_their_classifiers()
     ranet = RANet(n_blocks=1, n_channels=4, scale_list=[1, 2, 3], gr_factor=[4, 2, 1], bn_factor=[4, 2, 1])
     with pytest.raises(UserError, match="MSDNet's; pass one"):
         build_optimizer(ranet, name="sgd", lr=0.1, momentum=0.9, weight_decay=[1e-4, 5e-4])
+    net.extra = torch.nn.Linear(2, 2)   # such as what `start` runs, of which `block` says nothing
+    with pytest.raises(UserError, match="extra.weight is in none of them"):
+        build_optimizer(net, name="sgd", lr=0.1, momentum=0.9, weight_decay=[1e-4, 5e-4])
 
 
 @pytest.mark.parametrize("kind, want", [("multistep", [1.0, 1.0, 0.1, 0.1, 0.01]),

@@ -28,11 +28,12 @@ def curve(**more):
 
 def taken(folder, content, saved=SAVED, name="dynamic", **how):
     (folder / f"{name}.json").write_text(json.dumps(content))
-    return points_of.stored(folder, saved, **how)
+    found = points_of.stored_curve(folder, saved, **how)
+    return found["points"] if found else []
 
 
 def test_points_of_this_network_are_taken_and_of_any_other_are_not(tmp_path):
-    assert points_of.stored(tmp_path / "none", SAVED) == points_of.stored(tmp_path, SAVED) == []
+    assert points_of.stored_curve(tmp_path / "none", SAVED) is points_of.stored_curve(tmp_path, SAVED) is None
     assert taken(tmp_path, curve()) == curve()["points"]
     older = {name: value for name, value in curve().items() if name not in ("weights_hash", "temperatures", "ensemble", "policy")}
     assert taken(tmp_path, older) == curve()["points"]

@@ -332,15 +332,16 @@ def test_stored_points_are_taken_only_for_the_same_way_of_reading(images, joint,
     usual = {"temperatures": [0.0] * 3, "ensemble": None, "policy": "confidence"}
     content = json.loads((tmp_path / "dynamic.json").read_text())
     assert content | usual == content
-    assert len(operating_points.stored(tmp_path, saved, **usual)) == len(operating_points.stored(tmp_path, saved)) == 40
+    for how in (usual, {}):
+        assert len(operating_points.stored_curve(tmp_path, saved, **how)["points"]) == 40
     for other in ({"temperatures": [1.0] * 3}, {"ensemble": "average"}, {"policy": "margin"}):
-        assert operating_points.stored(tmp_path, saved, **usual | other) == []
+        assert operating_points.stored_curve(tmp_path, saved, **usual | other) is None
     for other in ({"method": "l2w"}, {"architecture": {**saved["architecture"], "nChannels": 8}}):   # a file of another network
-        assert operating_points.stored(tmp_path, saved | other) == []
+        assert operating_points.stored_curve(tmp_path, saved | other) is None
     for name in ("ensemble", "policy"):   # a file from before there was a choice
         del content[name]
     (tmp_path / "dynamic.json").write_text(json.dumps(content))
-    assert len(operating_points.stored(tmp_path, saved)) == 40
+    assert len(operating_points.stored_curve(tmp_path, saved)["points"]) == 40
 
 
 @pytest.mark.parametrize("damage", [
@@ -355,7 +356,7 @@ def test_damaged_points_end_with_one_line(images, joint, tmp_path, damage):
     path = tmp_path / "dynamic.json"
     path.write_text(json.dumps(damage(json.loads(path.read_text()))))
     with pytest.raises(UserError, match="is damaged"):
-        operating_points.stored(tmp_path, saved)
+        operating_points.stored_curve(tmp_path, saved)
 
 
 @pytest.mark.parametrize("flag", [("--ensemble", "average"), ("--policy", "entropy"), ("--images", "a.png"), ("--cost", "macs")])

@@ -228,6 +228,8 @@ def test_a_split_with_chosen_images_comes_back_and_has_a_hash_of_its_own(tmp_pat
     assert again.hash == split.hash != whole.hash and torch.equal(again.train_index, split.train_index)
     assert split.holds_out_as(whole) and whole.holds_out_as(split) and not split.holds_out_as(None)
     assert not split.holds_out_as(Split.draw(LABELS, 10, seed=4, images_per_class=2))
+    nothing = Split.draw(LABELS, 0, seed=3, images_per_class=2)
+    assert not split.holds_out_as(nothing) and not nothing.holds_out_as(whole) and nothing.holds_out_as(nothing)
     for change in (split.valid_index, split.chosen + 40, split.chosen.flip(0), split.chosen[:0], None, split.chosen[1:]):
         with pytest.raises(UserError, match="damaged"):
             Split.from_dict(split.to_dict() | {"chosen": change})

@@ -135,7 +135,8 @@ class Split:
 
     def holds_out_as(self, other: Split | None) -> bool:
         """Whether this split holds the same images of the same data out as `other`, whatever is trained on."""
-        return other is not None and replace(self, chosen=None).hash == replace(other, chosen=None).hash
+        return (other is not None and torch.equal(self.valid_index, other.valid_index)
+                and (self.n_total, self.seed, self.labels_hash) == (other.n_total, other.seed, other.labels_hash))
 
     def check(self, labels: Tensor) -> None:
         """Raise UserError when this split was drawn from other data than `labels` (n_total,)."""

@@ -28,9 +28,9 @@ def load_model(path: str | Path, *, backbone: nn.Module | None = None,
     """The network of a checkpoint of this project, in eval mode, and the content of the file.
 
     Args:
-        backbone: to put the weights into, in place of the network that the file names. For a network of one's own it takes this,
-            because a checkpoint never runs code by itself,
-        arch: or --arch FILE.py:FUNCTION as an `OwnNetwork`.
+        backbone: to put the weights into, in place of the network that the file names. A network of one's own takes this or
+            `arch`, because a checkpoint never runs code by itself.
+        arch: --arch FILE.py:FUNCTION as an `OwnNetwork`; another name has to be the one in the file.
     Raises:
         UserError: when the file does not say what network it holds, or its weights do not fit the one that is given.
     """
@@ -50,6 +50,7 @@ def load_teacher(path: str | Path, data, arch: str | None = None) -> BoostedNet:
     """
     saved = checkpoint.load(path)
     spec = NetworkSpec.from_checkpoint(saved, path)
+    warn_of_changed_file(arch, spec, path)
     model = restore(replace(spec, arch=arch) if spec.arch == arch else spec, saved, path).eval()
     if saved["class_names"] != data.class_names:
         raise UserError(f"{path} was trained on other classes than those of this data set")

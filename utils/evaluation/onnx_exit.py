@@ -166,7 +166,9 @@ class OnnxEarlyExit:
         if self.thresholds.shape != (programs.n_exits,) or np.isnan(self.thresholds).any():
             raise UserError(f"thresholds must be {programs.n_exits} numbers, one for each exit, got {list(thresholds)}")
         self.costs = list(costs if costs is not None else programs.header["macs"])
-        self.temperatures = list(calibration or programs.header.get("calibration") or [1.0] * programs.n_exits)
+        if calibration is None:
+            calibration = programs.header.get("calibration") or [1.0] * programs.n_exits
+        self.temperatures = list(calibration)
         if len(self.temperatures) != programs.n_exits or not all(0 < t < math.inf for t in self.temperatures):
             raise UserError(f"calibration must be {programs.n_exits} positive numbers, one per exit, got {self.temperatures}")
         self.monitor = monitor

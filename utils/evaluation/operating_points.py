@@ -85,12 +85,6 @@ def warn_of_missed_budgets(points: Sequence[dict[str, Any]], n_valid: int) -> No
         echo(f"warning: thresholds from {n_valid} held-out images do not meet these budgets more closely: {', '.join(missed)}")
 
 
-def stored(folder: Path, saved: dict[str, Any], suffix: str = "", **reading: Any) -> list[dict[str, Any]]:
-    """The points of `stored_curve`; [] where there is none."""
-    curve = stored_curve(folder, saved, suffix, **reading)
-    return curve["points"] if curve else []
-
-
 def stored_curve(folder: Path, saved: dict[str, Any], suffix: str = "", *, temperatures: Sequence[float] | None = None,
                  ensemble: str | None = None, policy: str = "confidence", family: str = "eq9",
                  calibrated: bool = False) -> dict[str, Any] | None:

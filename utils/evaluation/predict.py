@@ -119,12 +119,20 @@ def read(outputs: Outputs, measure: Measure = confidence, *, calibration: Sequen
     return found.of_this_rank()
 
 
+def _no_details(n_exits: int, device: torch.device) -> Details:
+    """Of no images."""
+    nothing = torch.empty(n_exits, 0, device=device)
+    return Details(nothing.long(), nothing, nothing, nothing, nothing)
+
+
 class _Figures:
     """Collects figures batch by batch."""
 
     def __init__(self, n_exits: int, device: torch.device, measure: Measure, calibration: Sequence[float] | None,
                  details: bool) -> None:
-        self.measure, self.details = measure, [] if details else None
+        self.measure = measure
+        # Like those below, with an empty part: a process without a batch takes part in the gathering too.
+        self.details = [_no_details(n_exits, device)] if details else None
         self.temperatures = None if calibration is None else torch.tensor(calibration, device=device)[:, None, None]
         self.certainty = [torch.empty(n_exits, 0, device=device)]
         self.correct = [torch.empty(n_exits, 0, dtype=torch.bool, device=device)]

@@ -23,7 +23,7 @@ def build_optimizer(backbone: nn.Module, *, name: str, lr: float, momentum: floa
             exit belong its classifier and the block in front of it.
         nesterov: Nesterov's momentum, of SGD only.
     Raises:
-        UserError: two weight decays for a backbone that is not a plain chain of blocks.
+        UserError: two weight decays for a backbone that is not a plain chain of blocks, or whose blocks lack a parameter.
     """
     groups = _groups(backbone, weight_decay)
     if name == "sgd":
@@ -36,13 +36,19 @@ def build_optimizer(backbone: nn.Module, *, name: str, lr: float, momentum: floa
 def _groups(backbone: nn.Module, weight_decay: Sequence[float]) -> list[dict]:
     if len(weight_decay) == 1:
         return [{"params": [p for p in backbone.parameters() if p.requires_grad], "weight_decay": weight_decay[0]}]
-    if not hasattr(backbone, "block"):
+    if not (hasattr(backbone, "block") and hasattr(backbone, "head")):
         raise UserError("two --weight-decay values are interpolated over the blocks of a chain, such as MSDNet's; pass one for "
                         "this network, which does not say what its blocks are")
     first, last = weight_decay
     steps = max(backbone.n_exits - 1, 1)
-    return [{"params": [p for module in (*backbone.block(n), backbone.head(n)) for p in module.parameters() if p.requires_grad],
-             "weight_decay": first + (last - first) * n / steps} for n in range(backbone.n_exits)]
+    groups = [{"params": [p for module in (*backbone.block(n), backbone.head(n)) for p in module.parameters() if p.requires_grad],
+               "weight_decay": first + (last - first) * n / steps} for n in range(backbone.n_exits)]
+    grouped = {p for group in groups for p in group["params"]}
+    left_out = [name for name, p in backbone.named_parameters() if p.requires_grad and p not in grouped]
+    if left_out:   # they would not be trained
+        raise UserError(f"two --weight-decay values are interpolated over the blocks of a chain, and {left_out[0]} is in none of "
+                        f"them; let {type(backbone).__name__}.block(0) have what `start` runs, or pass one value")
+    return groups
 
 
 @dataclass(frozen=True)

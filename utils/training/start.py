@@ -18,7 +18,7 @@ from utils.core.log import note
 from utils.core.machine import device_name
 from utils.core.tables import millions
 from utils.methods import Method, method_class
-from utils.options.catalog import METHODS
+from utils.options.catalog import METHODS, family_of
 from utils.options.flags import MAY_DIFFER
 from utils.options.parser import shown
 from utils.runs import checkpoint
@@ -31,7 +31,8 @@ def load_start(args: argparse.Namespace, model: BoostedNet, data) -> None:
     """Give the network of a new run the weights of --checkpoint, if any.
 
     Raises:
-        UserError: when they do not fit, when they may come from images that this run holds out, or when the method needs some.
+        UserError: when they do not fit, when they may come from images that this run holds out, or when the method, or
+            --freeze_backbone, needs some.
     """
     second_stage = METHODS[args.method].second_stage
     if args.checkpoint:
@@ -44,9 +45,10 @@ def load_start(args: argparse.Namespace, model: BoostedNet, data) -> None:
             note(f"{flag}{len(new)} tensors of the classifiers{stem} start anew, all others are those of {args.checkpoint}")
         if second_stage or is_of_same_data(start, data):
             require_same_hold_out(start, data, args.checkpoint)
-    elif second_stage:
-        raise UserError(f"nothing to resume in {args.result_dir}; --method {args.method} begins with the trained network of "
-                        "--checkpoint FILE, without --resume")
+    elif second_stage or (args.freeze_backbone and family_of(args.arch) != "own"):
+        flag = f"--method {args.method}" if second_stage else "--freeze_backbone"
+        raise UserError(f"nothing to resume in {args.result_dir}; {flag} begins with the trained network of --checkpoint FILE, "
+                        "without --resume")
 
 
 def require_statistics(method: Method, data) -> None:
