@@ -64,11 +64,11 @@ TARGETS = {
     "utils.report": ("test_report", ""),
     "utils.reports.finished_runs": ("test_finished_runs test_report", "test_finished_runs or every_command"),
     "utils.methods.losses": ("test_objective test_methods", "test_objective or distillation or teacher_s or by_hand"),
-    "utils.methods.base": ("test_methods", "lowers or epsilon_zero or a_start_takes or sum_over"),
+    "utils.methods.base": ("test_methods test_steps", "lowers or epsilon_zero or a_start_takes or sum_over or exchange or lost"),
     "utils.methods.distillation": ("test_methods", "distillation and not refused or teacher_s"),
     "utils.methods.block_losses": ("test_methods test_method_flags", "routed or groups_that or blocks_that or arrives"),
     "utils.methods.imta": ("test_methods", "by_hand or collaborating_exits_have or collaborating_exits_start"),
-    "utils.methods.l2w": ("test_methods test_methods_golden test_method_flags",
+    "utils.methods.l2w": ("test_methods test_methods_golden test_method_flags test_steps",
                           "epsilon or meta_step or halves or leave_in or weight_network or trial or state_of_sample or samples "
                           "or built_by_hand or A-8 or B-8-mat"),
 }

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from utils.core import distributed
 from utils.core.errors import UserError
+from utils.methods import l2w
 from utils.methods.base import is_divisible
 
 
@@ -121,6 +122,20 @@ def test_all_processes_exchange_the_same_in_the_same_order(monkeypatch, case):
             method.step(*steps.parts(n, len(logs))[rank])
     assert logs[0] == logs[1] == logs[2]
     assert {"forward", "backward"} < set(logs[0]) and any(isinstance(entry, int) for entry in logs[0])
+
+
+@pytest.mark.parametrize("n", [6, 7, 8, 9, 10, 11])
+def test_the_halves_of_all_processes_weigh_by_their_sizes(monkeypatch, n):
+    """In three processes with 2 to 4 images each. One that cannot be read weighs nothing, the others what they did."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    each = [l2w._halves(*part) for part in steps.parts(n, 3)]
+    for halves in zip(*each, strict=True):
+        sizes = [len(half.labels) for half in halves]
+        assert [half.share for half in halves] == pytest.approx([3 * size / sum(sizes) for size in sizes])
+    for (x, y, share), (first, second) in zip(steps.parts(n, 3), each):
+        assert torch.equal(torch.cat([first.images, second.images]), x) and len(second.labels) - len(first.labels) in (0, 1)
+        lost, _ = l2w._halves(x[1:], y[1:], share * (len(y) - 1) / len(y))
+        assert lost.share * len(first.labels) == pytest.approx(first.share * len(lost.labels))
 
 
 def test_a_process_that_has_lost_all_images_but_one_ends_the_run_and_no_other_does(monkeypatch):
