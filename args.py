@@ -73,7 +73,8 @@ def _mistake(args: Namespace) -> str | None:
     dataset, method, given = DATASETS[args.dataset], METHODS[args.method], args.explicit
     training = not args.evaluate_from
     # Data.
-    if dataset.image_size not in (None, args.image_size):
+    # In evaluation the checkpoint says which data set it is.
+    if (training or "dataset" in given) and dataset.image_size not in (None, args.image_size):
         return (f"argument --image_size: {args.dataset} has images of {dataset.image_size} pixels, got {args.image_size}; only "
                 "--dataset folder leaves the choice")
     if args.dataset == "imagenet" and args.stem != "large":

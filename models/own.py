@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import nn
 
 from models.backbone import check_backbone
@@ -32,11 +33,20 @@ def build_own(arch: str, *, num_classes: int, image_size: int) -> nn.Module:
             raise ValueError(f"{arch.file} has no function {arch.function}")
         net = make(num_classes=num_classes, image_size=image_size)
         check_backbone(net, num_classes=num_classes, image_size=image_size)
+        _check_dtype(net)
     except (Exception, SystemExit) as error:
         raise ValueError(f"argument --arch: {arch}: {_described(error, arch.file)}") from error
     if getattr(net, "image_size", None) is None:
         net.image_size = image_size
     return net
+
+
+def _check_dtype(net: nn.Module) -> None:
+    """The images that the programs read have PyTorch's default dtype."""
+    others = {str(tensor.dtype) for tensor in net.parameters()} - {str(torch.get_default_dtype())}
+    if others:
+        raise ValueError(f"{type(net).__name__} has parameters in {' and '.join(sorted(others))}; the programs compute in "
+                         f"{torch.get_default_dtype()}")
 
 
 @functools.cache   # a file runs once; by its hash, so that a changed one runs again
@@ -55,7 +65,7 @@ def _load(file: str, file_hash: str) -> ModuleType:
 def _described(error: BaseException, file: str) -> str:
     """An error in one line, with the place in the file where there is one."""
     places = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(Path(file).resolve())]
-    if isinstance(error, SyntaxError):
+    if isinstance(error, SyntaxError) and error.lineno:   # a file with null bytes has no line
         places = [error.lineno]
     kind = "" if isinstance(error, ValueError) and not places else f"{type(error).__name__}: "
     message = " ".join(str(error).split())

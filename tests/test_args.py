@@ -76,6 +76,7 @@ DEFAULTS = dict(
 MISTAKES = [
     ("--evaluate-from f --evalmode dynamic --runtime onnx", "--runtime"),
     ("--evaluate-from f --evalmode realtime --predictions p.csv", "--predictions"),
+    ("--evaluate-from f --evalmode realtime --budget 1e6 --predictions model_best.pth", "--predictions"),
     ("--no-such-flag", "--no-such-flag"),
     ("--batch 64", "--batch"),  # no abbreviations
     ("stray", "stray"),

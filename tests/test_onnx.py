@@ -235,6 +235,10 @@ def test_mistakes_with_runtime_and_predictions(run, tmp_path, capsys):
     assert "--evalmode anytime" in refused("--runtime", "onnx")
     assert "only with realtime or --images" in refused("--runtime", "onnx", "--evalmode", "dynamic")
     assert "give one --budget" in refused("--evalmode", "realtime", "--predictions", tmp_path / "x.csv")
+    (tmp_path / "file").touch()
+    for flags in (("--evalmode", "realtime", "--max_drop", "1"), ("--images", next(run.glob("images/test/*/*.png")))):
+        assert "--predictions" in refused(*flags, "--predictions", tmp_path / "file" / "x.csv")   # before anything is computed
+    assert "trained with image_size 32" in refused("--image_size", "64")
     assert "without image files" in refused("--images", run / "images")
     assert "is no file" in refused("--images", tmp_path / "nothing.png")
 

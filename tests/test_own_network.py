@@ -156,6 +156,9 @@ def test_a_file_that_has_changed_is_a_warning_in_evaluation_and_an_end_to_a_run(
 @pytest.mark.parametrize("text, message", [
     ("def build(num_classes, image_size):\n    return undefined\n", "line 2, NameError: name 'undefined' is not defined"),
     ("def build(num_classes, image_size):\n    return 1 +\n", "line 2, SyntaxError"),
+    ("\0", ": SyntaxError: "),
+    ("from small_chain import build as chain\n\ndef build(num_classes, image_size):\n"
+     "    return chain(num_classes, image_size).double()\n", "in torch.float64; the programs compute in torch.float32"),
     ("import sys\nsys.exit('no')\n", "line 2, SystemExit: no"),
     ("def build(classes):\n    pass\n", "TypeError: build() got an unexpected keyword argument 'num_classes'"),
     ("def make():\n    pass\n", "has no function build"),

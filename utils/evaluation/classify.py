@@ -18,7 +18,7 @@ from models import BoostedNet
 from op_counter import measure_model
 from utils.core import distributed
 from utils.core.errors import UserError
-from utils.core.files import atomic_write
+from utils.core.files import atomic_write, require_writable
 from utils.core.tables import format_table, millions
 from utils.data.augment import Normalise, statistics_of
 from utils.data.decoders import PillowDecoder, decode, evaluation_crop
@@ -48,6 +48,8 @@ def classify_files(args: argparse.Namespace, saved: dict[str, Any], open_data: C
     if distributed.world_size() > 1:
         raise UserError("--images runs in one process; start the script without torchrun")
     files = image_files(args.images)   # a wrong path is found before anything is computed
+    if args.predictions:
+        require_writable(Path(args.predictions).parent, "--predictions")
     images = read_images(files, args.dataset, args.image_size, args.stem)
     if args.num_classes is None:
         raise UserError(f"{args.evaluate_from} does not say how many classes it has; --images needs a checkpoint made here")

@@ -14,7 +14,7 @@ from torch import Tensor
 from adaptive_inference import evaluate_thresholds, exit_index
 from utils.core import distributed
 from utils.core.errors import UserError
-from utils.core.files import write_json
+from utils.core.files import require_writable, write_json
 from utils.core.log import echo
 from utils.core.machine import versions
 from utils.core.tables import format_table, millions
@@ -61,6 +61,8 @@ def evaluate_realtime(runtime: Runtime, data, folder: Path, *, header: dict[str,
     if distributed.world_size() > 1:
         raise UserError("early exit is measured in one process; start the script without torchrun")
     operating_points.require_hold_out(data)
+    if predictions:
+        require_writable(Path(predictions).parent, "--predictions")
     latency_ms = measure_latency(runtime, next(iter(data.valid())).images)
     costs = latency_ms.tolist() if cost == "latency" else header["macs"]
     promised = max_drop is not None

@@ -79,6 +79,13 @@ def devices(text: str) -> str:
     return text
 
 
+def csv_file(text: str) -> str:
+    """A file to write a table to; the ending keeps a mistyped word from replacing a checkpoint."""
+    if not written_path(text).lower().endswith(".csv"):
+        raise ArgumentTypeError(f"must be a file name that ends in .csv, got {text!r}")
+    return text
+
+
 def suffix(text: str) -> str:
     if re.search(r"[/\\]", path(f"_{text}")):
         raise ArgumentTypeError(f"must be a part of a file name, without / and \\, got {text!r}")
@@ -334,7 +341,7 @@ def _evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add("--runtime", choices=RUNTIMES, default="torch",
         help="what runs early exit (--evalmode realtime, --images): PyTorch, or ONNX Runtime, which is faster for single images; "
              "its programs are written beside the checkpoint once (default: %(default)s)")
-    add("--predictions", type=written_path, metavar="FILE",
+    add("--predictions", type=csv_file, metavar="FILE.csv",
         help="realtime with one --budget, --images: write class, confidence, exit and cost of every image to this CSV file")
     add("--images", nargs="+", metavar="PATH",
         help="classify these image files and say at which exit each one left; takes one --budget in MACs")
