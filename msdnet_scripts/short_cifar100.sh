@@ -7,10 +7,9 @@
 # utils/shell.sh lists what the environment sets: DATA_ROOT, RESULT_ROOT, DRY_RUN=1, ...
 source "$(dirname "${BASH_SOURCE[0]}")/../utils/shell.sh"
 
-# Common values for small networks and short runs, not yet compared with others here.
+# Compared one by one in docs/results.md, "A recipe for few epochs".
 recipe=(
-    --batch-size 128 --lr_f 0.1 --lr-type linear --warmup_epochs 0.5
-    --momentum 0.9 --nesterov --weight-decay 5e-4 --label_smoothing 0.1 --ema 0.99
+    --batch-size 64 --lr_f 0.1 --lr-type linear --momentum 0.9 --nesterov --weight-decay 5e-4 --label_smoothing 0.1 --ema 0.99
 )
 
 epochs=12
