@@ -15,10 +15,13 @@ import eval_cifar100
 import train_cifar100
 from adaptive_inference import EarlyExit, exit_index
 from dataloader import build_data
+from models import BoostedNet, MSDNet
 from utils import export, publish
+from utils.core.errors import UserError
 from utils.data.split import Split
 from utils.evaluation import calibration as calibration_module
 from utils.evaluation import confidence as policies
+from utils.evaluation import predict as predict_module
 from utils.evaluation import published
 from utils.evaluation.calibration import fit_temperatures, predict_hold_out
 from utils.evaluation.fast_form import load_model
@@ -338,3 +341,12 @@ def test_the_pages_loaders_divide_by_the_temperatures(images, run, tmp_path, kin
     for one, other in zip(got, expected, strict=True):
         assert np.allclose(one, other.numpy(), atol=1e-4)
     assert len(set(expected[2].tolist())) == 2
+
+
+def test_outputs_of_no_image_are_refused_in_all_processes_alike(monkeypatch):
+    """One process of several without an image: all of them end, before the exchange in which the others would wait."""
+    asked = []
+    monkeypatch.setattr(predict_module.distributed, "any_rank", lambda flag: asked.append(flag) or True)
+    with pytest.raises(UserError, match="use fewer processes"):
+        collect(BoostedNet(MSDNet(n_blocks=2, n_channels=4, base=1, num_classes=3), [0.5, 0.5]), [])
+    assert asked == [True]

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from utils.core import distributed
 from utils.core.distributed import all_reduce_sum, gather_samples
+from utils.core.errors import UserError
 from utils.evaluation.confidence import Measure, confidence, margin
 
 PART = 4096   # images whose stored logits are read at a time
@@ -103,6 +105,8 @@ def collect(model: nn.Module, batches) -> Outputs:
             logits.append(torch.stack([p.float() for p in model(images)]))
             labels.append(known)
     model.train(was_training)
+    if distributed.any_rank(not logits):   # all end here, where one would leave the others waiting in the exchange below
+        raise UserError("a process has no image of this set that can be read; use fewer processes")
     logits, labels = torch.cat(logits, dim=1), torch.cat(labels)
     n_exits, n, n_classes = logits.shape
     index = batches.index[:n]
