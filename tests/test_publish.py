@@ -132,11 +132,11 @@ def test_confidences_in_half_precision_are_pointed_out_and_their_thresholds_not_
     share = 100 * (rounded["test"].confidence == 1).mean()
     assert f"all above 1 - 2^-12 are equal ({share:.1f} % of the test set's)" in printed and share > 15
     assert "do not meet these budgets" in printed
-    assert operating_points.stored(tmp_path, saved) == []
+    assert operating_points.stored_curve(tmp_path, saved) is None
     assert "publish the checkpoint again" in caplog.text
     curve = json.loads((tmp_path / "dynamic.json").read_text())
     (tmp_path / "dynamic.json").write_text(json.dumps({**curve, "confidence_type": "float32"}))
-    assert len(operating_points.stored(tmp_path, saved)) == 40
+    assert len(operating_points.stored_curve(tmp_path, saved)["points"]) == 40
 
 
 def test_a_published_file_that_is_published_again_keeps_its_figures_in_float32(images, published, tmp_path, capsys):
@@ -170,7 +170,7 @@ def test_committed_curves_are_drawn_again_from_the_committed_arrays(path, tmp_pa
 
 @pytest.mark.parametrize("path", sorted(PUBLISHED.rglob("model_*.pth")), ids=lambda path: path.parent.name)
 def test_committed_weights_come_with_their_thresholds(path):
-    assert len(operating_points.stored(path.parent, checkpoint.load(path))) == 40
+    assert len(operating_points.stored_curve(path.parent, checkpoint.load(path))["points"]) == 40
 
 
 @pytest.mark.parametrize("damage", ["missing", "other", "cut"])
@@ -277,4 +277,4 @@ def test_arrays_with_costs_that_make_no_sense_end_with_one_line(published, tmp_p
 
 def test_published_thresholds_are_those_of_the_published_weights(published):
     saved = checkpoint.load(published / "model_dynamic.pth")
-    assert operating_points.stored(published, saved)
+    assert operating_points.stored_curve(published, saved)["points"]

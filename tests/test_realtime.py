@@ -218,5 +218,5 @@ def test_thresholds_of_other_weights_are_not_taken(tmp_path):
              "points": [{"budget": 1.5, "test_top1": 50.0, "thresholds": [0.5, -1.0]}]}
     (tmp_path / "dynamic.json").write_text(json.dumps(curve))
     saved = {"epoch": 1, "temperatures": [0.5, 0.5], "method": "boost", "architecture": {}, "split": None, "state_dict": weights}
-    assert operating_points.stored(tmp_path, saved) == curve["points"]
-    assert operating_points.stored(tmp_path, {**saved, "state_dict": {"w": torch.ones(2)}}) == []
+    assert operating_points.stored_curve(tmp_path, saved)["points"] == curve["points"]
+    assert operating_points.stored_curve(tmp_path, {**saved, "state_dict": {"w": torch.ones(2)}}) is None
