@@ -19,7 +19,7 @@ from utils.benchmarks.measure import Measurement, count
 from utils.benchmarks.openvino import PRECISIONS, OpenVinoPrograms, require_openvino
 from utils.core.errors import UserError
 from utils.core.log import echo
-from utils.core.tables import format_table
+from utils.core.tables import Table
 from utils.evaluation.fast_form import FORMS, default_form, load_model
 from utils.evaluation.onnx_exit import OnnxPrograms, has_shared_pool, use_all_cores
 from utils.evaluation.programs import require_onnx, write_folder
@@ -288,4 +288,4 @@ def _table(lines: Sequence[dict[str, Any]], where: str) -> str:
     steps = [f"ms per image of every step, {line['way']}: {' '.join(f'{ms:.3g}' for ms in line['step_ms'])}"
              for line in lines if "step_ms" in line]
     columns = ["", "MACs share", "images/s", "ratio", "without losses", *percentiles]
-    return "\n".join([format_table(columns, rows, title), *steps])
+    return Table(title, columns, rows, steps).text()
