@@ -161,8 +161,9 @@ def test_the_anytime_file_of_training_gives_way_to_those_with_a_suffix(tmp_path)
 
 
 def test_reliability_is_read_without_temperatures_first_and_its_exits_are_those_of_macs(tmp_path):
+    bins = {"confidence": [0.5, 0.9], "accuracy": [0.4, 0.8], "share": [0.3, 0.7]}
+
     def write(name: str, **changes) -> None:
-        bins = {"confidence": [0.5, 0.9], "accuracy": [0.4, 0.8], "share": [0.3, 0.7]}
         write_anytime(tmp_path / "run", name, **{"ece": [1.0, 2.0], "bins": [bins, bins], "calibration": None,
                                                  "ideal": {"top1": 1.0, "mean_macs": 1.0}, **changes})
 
@@ -174,7 +175,7 @@ def test_reliability_is_read_without_temperatures_first_and_its_exits_are_those_
     assert [result["name"] for result in read_reliability(tmp_path / "run")] == ["run_b", "run", "run_a"]
     unequal = {"confidence": [0.5], "accuracy": [0.4, 0.8], "share": [0.3, 0.7]}
     for changes, words in (({"ece": [1.0]}, "not those of macs"), ({"macs": [1.0]}, "not those of macs"),
-                           ({"bins": [unequal, unequal]}, "different numbers")):
+                           ({"bins": [bins, unequal]}, "different numbers")):
         write("reliability.json", **changes)
         with pytest.raises(UserError, match=words):
             read_reliability(tmp_path / "run")

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +169,9 @@ def test_degenerate_hold_outs(case):
     if case == "certain":
         confidence[:] = 1.0
     costs = np.arange(1.0, len(confidence) + 1)
-    shares = BestShares(confidence, correct, costs).at([costs[0], costs.mean(), costs[-1]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shares = BestShares(confidence, correct, costs).at([costs[0], costs.mean(), costs[-1]])
     assert np.isfinite(shares).all() and shares.sum(axis=1) == pytest.approx(1)
     for row in shares:
         assert not np.isnan(fit_shares(confidence, row)).any()
@@ -266,6 +269,20 @@ def test_what_cannot_be_certified_is_the_whole_network():
     assert found.thresholds.tolist() == [np.inf, np.inf, -np.inf]
 
 
+def test_the_first_thresholds_that_fail_end_the_search():
+    """To look on for some that pass would be a choice on the images of the test."""
+    n, rng = 400, np.random.default_rng(15)
+    fitted, tested = divide(n)
+    confidence = rng.random((3, n)).astype(np.float32)
+    correct = np.ones((3, n), bool)
+    correct[0, fitted[::5]] = False
+    correct[1, tested] = False
+    found = certify(confidence, correct, [1.0, 2, 3], 5.0)
+    assert not found.certified and found.mean_cost == 3   # though all may leave at the first exit without a loss
+    losses = thresholds._losses(confidence[:, tested], correct[:, tested], np.array([-np.inf, -np.inf, -np.inf]))
+    assert is_below(losses, 0.05, 0.95, 0.0)
+
+
 def test_bound_by_betting_holds_and_is_not_idle():
     rng = np.random.default_rng(13)
     at_bound = rng.choice([-1, 0, 1], size=(2000, 1000), p=[0.02, 0.94, 0.04])    # mean 0.02, exactly the bound
@@ -285,7 +302,7 @@ def test_a_wrong_guess_of_the_spread_breaks_nothing(spread):
 
 def test_the_bound_by_betting_passes_after_as_many_losses_as_its_formula_says():
     """Of n losses of zero the wealth is (1 + stake * bound)^n; the stake depends on n, on the guess and on the cap."""
-    for bound, level, spread in ((0.1, 0.9, 0.5), (0.1, 0.95, 0.05), (0.02, 0.95, 0.0)):
+    for bound, level, spread in ((0.1, 0.9, 0.5), (0.1, 0.95, 0.05), (0.02, 0.95, 0.0), (0.3, 0.5, 0.0)):
         passed = []
         for n in range(1, 200):
             stake = min(math.sqrt(2 * math.log(1 / (1 - level)) / (n * max(spread, 1 / n))), 0.9 / (1 - bound))
@@ -348,10 +365,13 @@ def corner(cost, value):
 
 
 def test_the_upper_hull_of_points():
-    points = [(0.0, 0.0), (0.1, 0.4), (0.2, 0.2), (0.5, 0.5), (0.6, 0.9), (0.6, 0.7), (0.8, 0.9), (0.9, 0.85), (1.0, 1.0)]
+    points = [(0.0, 0.0), (0.0, -0.1), (0.1, 0.4), (0.2, 0.2), (0.5, 0.5), (0.6, 0.9), (0.6, 0.7), (0.8, 0.9), (0.9, 0.85),
+              (1.0, 1.0)]
     for order in (points, points[::-1]):
         found = thresholds._upper([corner(*point) for point in order])
         assert [(c.cost, c.value) for c in found] == [(0.0, 0.0), (0.1, 0.4), (0.6, 0.9), (1.0, 1.0)]
+    level = [(0.0, 0.0), (0.6, 0.9), (0.8, 0.9)]   # to spend more for nothing
+    assert [c.cost for c in thresholds._upper([corner(*point) for point in level])] == [0.0, 0.6]
     line = [corner(0.0, 0.0), corner(0.25, 0.25), corner(1.0, 1.0)]
     assert [c.cost for c in thresholds._upper(line)] == [0.0, 1.0]   # a mixture of two is no corner
 
