@@ -14,6 +14,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from utils.core.errors import UserError
+
 logger = logging.getLogger("boostnet")
 
 # How narrow the shares of a changed stream may lie around those of the hold-out, in numbers of images that would tell as much.
@@ -137,6 +139,32 @@ class ExitMonitor:
 
     def _mean_cost(self, share: Sequence[float]) -> float | None:
         return None if self.costs is None else sum(part * cost for part, cost in zip(share, self.costs))
+
+
+class Monitored:
+    """What runs early exit and may count the exits it gives.
+
+    Args:
+        monitor: counts at which exits inputs leave; without one nothing is counted.
+        n_exits: of the network.
+    Raises:
+        UserError: when the monitor is of another number of exits.
+    """
+
+    def __init__(self, monitor: ExitMonitor | None, n_exits: int) -> None:
+        if monitor and len(monitor.held_out_share) != n_exits:
+            raise UserError(f"the monitor is of {len(monitor.held_out_share)} exits, the network has {n_exits}")
+        self.monitor = monitor
+
+    def summary(self) -> Summary:
+        """Where inputs have left so far, beside the held-out images (`ExitMonitor.summary`).
+
+        Raises:
+            UserError: without a monitor.
+        """
+        if self.monitor is None:
+            raise UserError(f"nothing was counted: pass monitor=ExitMonitor(...) to {type(self).__name__}")
+        return self.monitor.summary()
 
 
 def describe_drift(found: Summary) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models import BoostedNet, map_state
 from utils.evaluation.confidence import Measure, confidence
-from utils.evaluation.drift import ExitMonitor, Summary
+from utils.evaluation.drift import ExitMonitor, Monitored
 
 # Batches shrink to a few sizes only, so many between a number and its double: oneDNN builds code for every size it meets, and
 # keeps 1024 pieces of it, which is fewer than MSDNet-10 has for eleven sizes. 8 measured well (docs/evaluation.md).
@@ -34,7 +34,7 @@ class Exits(NamedTuple):
     exit: Tensor
 
 
-class EarlyExit:
+class EarlyExit(Monitored):
     """A boosted network that every input leaves at the first exit whose threshold its confidence reaches.
 
         predict = EarlyExit(model, thresholds)             # thresholds from adaptive_inference.fit_thresholds
@@ -75,19 +75,7 @@ class EarlyExit:
         self.calibration = None if calibration is None else _as_list(calibration)
         if self.calibration and (len(self.calibration) != model.n_exits or not all(0 < t < math.inf for t in self.calibration)):
             raise ValueError(f"calibration must be {model.n_exits} positive numbers, one per exit, got {self.calibration}")
-        self.monitor = monitor
-        if monitor and len(monitor.held_out_share) != model.n_exits:
-            raise ValueError(f"the monitor is of {len(monitor.held_out_share)} exits, the network has {model.n_exits}")
-
-    def summary(self) -> Summary:
-        """Where inputs have left so far, beside the held-out images (`ExitMonitor.summary`).
-
-        Raises:
-            ValueError: without a monitor.
-        """
-        if self.monitor is None:
-            raise ValueError("nothing was counted: pass monitor=ExitMonitor(...) to EarlyExit")
-        return self.monitor.summary()
+        super().__init__(monitor, model.n_exits)
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, max_cost: float | None = None, deadline_ms: float | None = None) -> Exits:

@@ -19,7 +19,7 @@ import numpy as np
 from utils.core.cores import usable_cores
 from utils.core.errors import UserError
 from utils.core.files import misfit, read_json
-from utils.evaluation.drift import ExitMonitor, Summary
+from utils.evaluation.drift import ExitMonitor, Monitored
 
 FORMATS = (2,)
 MIN_VERSION = (1, 22)   # of ONNX Runtime: the first that lets a program set its thread pools
@@ -143,7 +143,7 @@ class OnnxPrograms:
         return [np.concatenate(column) for column in zip(*parts)]
 
 
-class OnnxEarlyExit:
+class OnnxEarlyExit(Monitored):
     """`utils.evaluation.early_exit.EarlyExit` on ONNX programs.
 
     Args:
@@ -171,19 +171,7 @@ class OnnxEarlyExit:
         self.temperatures = list(calibration)
         if len(self.temperatures) != programs.n_exits or not all(0 < t < math.inf for t in self.temperatures):
             raise UserError(f"calibration must be {programs.n_exits} positive numbers, one per exit, got {self.temperatures}")
-        self.monitor = monitor
-        if monitor and len(monitor.held_out_share) != programs.n_exits:
-            raise UserError(f"the monitor is of {len(monitor.held_out_share)} exits, the network has {programs.n_exits}")
-
-    def summary(self) -> Summary:
-        """Where inputs have left so far, beside the held-out images (`ExitMonitor.summary`).
-
-        Raises:
-            UserError: without a monitor.
-        """
-        if self.monitor is None:
-            raise UserError("nothing was counted: pass monitor=ExitMonitor(...) to OnnxEarlyExit")
-        return self.monitor.summary()
+        super().__init__(monitor, programs.n_exits)
 
     def __call__(self, images: np.ndarray, max_cost: float | None = None, deadline_ms: float | None = None) -> OnnxExits:
         """Classify a batch.
