@@ -11,7 +11,7 @@ from utils.core.distributed import refuse_other_processes
 from utils.core.errors import user_errors
 from utils.core.log import note
 from utils.core.machine import choose_device
-from utils.evaluation.classify import classify_files
+from utils.evaluation.classify import classify_files, require_own_table
 from utils.evaluation.modes import evaluate
 from utils.runs import checkpoint
 from utils.runs.restore import hold_out, take_over
@@ -21,6 +21,8 @@ from utils.runs.restore import hold_out, take_over
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv, task="evaluation")
     refuse_other_processes("eval_imagenet.py")
+    if args.predictions:
+        require_own_table(args.predictions)
     saved = checkpoint.load(args.evaluate_from, args.checkpoint_key)
     split = take_over(args, saved)   # what was trained decides what is evaluated
     if "architecture" not in saved:

@@ -11,7 +11,7 @@ from utils.core.distributed import process_group, rank, world_size
 from utils.core.errors import user_errors
 from utils.core.log import note
 from utils.core.machine import choose_device
-from utils.evaluation.classify import classify_files
+from utils.evaluation.classify import classify_files, require_own_table
 from utils.evaluation.modes import evaluate
 from utils.runs import checkpoint
 from utils.runs.restore import hold_out, take_over
@@ -22,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv, datasets=("imagenet", "folder"), task="evaluation")
     device = choose_device(args.device, args.gpu, args.threads)
     with process_group(device, args.dist_backend):
+        if args.predictions:
+            require_own_table(args.predictions)
         saved = checkpoint.load(args.evaluate_from, args.checkpoint_key)
         split = take_over(args, saved)   # what was trained decides what is evaluated
         if "architecture" not in saved:

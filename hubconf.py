@@ -42,9 +42,19 @@ def _open(weights: str, early_exit, device):
         budget = None if early_exit is None else float(early_exit)
     except (TypeError, ValueError):
         raise ValueError(f"early_exit is a budget in MACs per image, such as \"25e6\", got {early_exit!r}") from None
+    _check(device)
     with _modules_of_this_repository() as root:
         from utils.evaluation.published import open_published
         return open_published(root / "published" / weights, budget, device)
+
+
+def _check(device) -> None:
+    import torch
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:   # whatever torch says of what is no device, or not there
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"device is where the network computes, such as \"cpu\" or \"cuda\", got {device!r}: {reason}") from None
 
 
 @_contextmanager

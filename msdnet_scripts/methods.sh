@@ -32,6 +32,7 @@ train_in() {
 l2w() {
     local dataset=$1 size=$2 name=l2w_$1_$2 flag given=() epochs=100 smoothing="" settings part
     shift 2
+    case " $(sizes "$dataset") " in *" $size "*) ;; *) fail "there is no size '$size'; the sizes are" $(sizes "$dataset") ;; esac
     for flag; do
         if [ "$flag" = --smooth ]; then name+=_smooth epochs=300 smoothing="--label_smoothing 0.1"; else given+=("$flag"); fi
     done

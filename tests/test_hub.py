@@ -101,6 +101,12 @@ def test_what_is_no_budget_of_this_network_is_refused(budget, message):
         hubconf.msdnet5_boost_cifar100(early_exit=budget)
 
 
+@pytest.mark.parametrize("device", ["foo", "cuda:99", 1.5, ""])
+def test_what_is_no_device_here_is_refused(device):
+    with pytest.raises(ValueError, match="where the network computes"):
+        hubconf.msdnet5_boost_cifar100(device=device)
+
+
 def test_arrays_of_other_weights_give_no_thresholds(tmp_path):
     weights = tmp_path / SMALL.name
     weights.write_bytes(SMALL.read_bytes())

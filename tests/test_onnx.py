@@ -238,6 +238,12 @@ def test_mistakes_with_runtime_and_predictions(run, tmp_path, capsys):
     (tmp_path / "file").touch()
     for flags in (("--evalmode", "realtime", "--max_drop", "1"), ("--images", next(run.glob("images/test/*/*.png")))):
         assert "--predictions" in refused(*flags, "--predictions", tmp_path / "file" / "x.csv")   # before anything is computed
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "mine.csv").write_text("image,label\na.png,cat\n")
+    for name in ("folder.csv", "mine.csv"):   # whatever else is wrong
+        for flags in (("--images", "nothing.png"), ("--evalmode", "realtime", "--budget", "1")):
+            assert f"--predictions {tmp_path / name}" in refused(*flags, "--predictions", tmp_path / name)
+    assert (tmp_path / "mine.csv").read_text() == "image,label\na.png,cat\n"
     assert "trained with image_size 32" in refused("--image_size", "64")
     assert "without image files" in refused("--images", run / "images")
     assert "is no file" in refused("--images", tmp_path / "nothing.png")

@@ -361,6 +361,14 @@ def test_the_ideal_score_is_that_of_the_curves_weights(tmp_path, drawn):
     assert stars[0].get_label() == "ideal score, BoostNet, MSDNet, eq. 9"
 
 
+def test_the_ideal_score_without_a_curve_is_refused(tmp_path):
+    run = write_run(tmp_path / "run", dynamic=False, weights_hash="w")
+    write_reliability(run, weights_hash="w")
+    with pytest.raises(UserError, match="--ideal adds to budgeted curves"):
+        plots.plot_runs([run], ideal=True)
+    assert not list(run.glob("*.png"))
+
+
 def test_the_ideal_score_of_published_arrays_needs_no_other_file(tmp_path, drawn):
     folder = Path(__file__).parent.parent / "published" / "cifar100_small" / "msdnet_joint"
     plots.plot_runs([folder], tmp_path, ideal=True)

@@ -384,6 +384,7 @@ def test_collaborating_exits_are_trained_in_two_stages(tmp_path):
     ("l2w_imagenet 4", {"TORCHRUN": "--nnodes=1:4 --nproc_per_node=8"}, "--nnodes 1:4"),
     ("l2w_imagenet 4", {"NPROC": "many"}, "got 'many'"),
     ("l2w_imagenet 8", {}, "there is no size '8'"),
+    ("l2w_imagenet 5 --smooth", {}, "there is no size '5'; the sizes are 4 6 7"),   # which train_imagenet_batch.sh has
     ("l2w_cifar100 --result_dir x", {}, "name the SIZE"),
     ("block_losses_cifar100", {}, "there is no variant ''"),
     ("block_losses_imagenet all", {}, "there is no variant 'all'"),

@@ -56,6 +56,9 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None, *
     budgeted = group_sizes([result for result in results if "points" in result], separate)
     curves = [budgeted_curve(group) for group in budgeted]  # refuses different splits before anything is written
     ideals = {id(result): ideal_of(folder, result) for folder, result in found if ideal and "points" in result}
+    if ideal and not budgeted:
+        raise UserError(f"--ideal adds to budgeted curves, and {folders[0]} has no dynamic*.json; evaluate with --evalmode "
+                        "dynamic")
     diagrams = [diagram for folder in folders for diagram in read_reliability(Path(folder))]
     figures = {}
     if anytime:

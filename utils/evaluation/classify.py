@@ -33,6 +33,8 @@ from utils.options.catalog import THRESHOLDS, is_cropped
 from utils.runs.restore import name_outputs, restore, spec_of
 from utils.runs.result_files import averaged_words
 
+COLUMNS = ("image", "class", "confidence", "exit", "macs")   # of --predictions
+
 
 def classify_files(args: argparse.Namespace, saved: dict[str, Any], open_data: Callable[[], Any], device: torch.device) -> None:
     """Print class, confidence and exit of every file of `args.images`.
@@ -135,11 +137,28 @@ def image_files(paths: Sequence[str]) -> list[str]:
     return files
 
 
+def require_own_table(path: str | Path) -> None:
+    """Refuse to replace a file that is not one of `write_predictions`.
+
+    Raises:
+        UserError: when there is such a file.
+    """
+    try:
+        with open(path, "rb") as file:
+            found = file.readline(1000)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"--predictions {path} cannot be written: {error.strerror}") from error
+    if found and found.decode(errors="replace").strip() != ",".join(COLUMNS):
+        raise UserError(f"--predictions {path} is there already and is no table of predictions; name a new file")
+
+
 def write_predictions(path: Path, names: Iterable[str], results: Exits, class_names: Sequence[str], macs: Sequence[int]) -> None:
     """Write one row per image: its file or number, class, confidence, exit (from 1) and cost in MACs."""
     text = io.StringIO()
     rows = csv.writer(text)
-    rows.writerow(["image", "class", "confidence", "exit", "macs"])
+    rows.writerow(COLUMNS)
     for name, prediction, confidence, exit_ in zip(names, *(column.tolist() for column in results)):
         rows.writerow([name, class_names[prediction], f"{confidence:.6f}", exit_ + 1, macs[exit_]])
     with atomic_write(path) as file:

@@ -342,7 +342,8 @@ def _evaluation_flags(parser: argparse.ArgumentParser) -> None:
         help="what runs early exit (--evalmode realtime, --images): PyTorch, or ONNX Runtime, which is faster for single images; "
              "its programs are written beside the checkpoint once (default: %(default)s)")
     add("--predictions", type=csv_file, metavar="FILE.csv",
-        help="realtime with one --budget, --images: write class, confidence, exit and cost of every image to this CSV file")
+        help="realtime with one --budget, --images: write class, confidence, exit and cost of every image to this CSV file; an "
+             "existing file is replaced only if it is such a table")
     add("--images", nargs="+", metavar="PATH",
         help="classify these image files and say at which exit each one left; takes one --budget in MACs")
     add("--thresholds", choices=tuple(THRESHOLDS), default="geometric",
