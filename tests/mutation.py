@@ -68,9 +68,9 @@ TARGETS = {
     "utils.methods.distillation": ("test_methods", "distillation and not refused or teacher_s"),
     "utils.methods.block_losses": ("test_methods test_method_flags", "routed or groups_that or blocks_that or arrives"),
     "utils.methods.imta": ("test_methods", "by_hand or collaborating_exits_have or collaborating_exits_start"),
-    "utils.methods.l2w": ("test_methods test_methods_golden test_method_flags test_steps",
+    "utils.methods.l2w": ("test_methods test_methods_golden test_method_flags test_steps test_image_sizes",
                           "epsilon or meta_step or halves or leave_in or weight_network or trial or state_of_sample or samples "
-                          "or built_by_hand or A-8 or B-8-mat"),
+                          "or built_by_hand or smallest_pass or A-8 or B-8-mat"),
 }
 FIRST_PASS = 10_000   # seconds of processor time it may take
 # Swapping the arguments of these changes nothing, or nothing but types.
@@ -92,7 +92,7 @@ class Mutant(NamedTuple):
     Attributes:
         name: function, code before and after; unique in its module.
         line: that it changes.
-        lines: first and last one of its statement; of a default value, of the function.
+        lines: first and last one of its statement; of a default value, which tests may read without a call, all of the module.
         scope: qualified name of the outermost function around it; of an assignment in the module, its target.
         code: of the whole module with the fault.
     """
@@ -166,6 +166,8 @@ def mutants_of(path: Path) -> list[Mutant]:
             lines = node.lineno, node.end_lineno
         elif isinstance(node, ast.stmt):
             lines = node.lineno, max(node.lineno, node.body[0].lineno - 1)
+        elif isinstance(node, ast.arguments):
+            lines = 1, sys.maxsize
         if parent is tree and isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             scope, inside = node.targets[0].id, True
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not inside:

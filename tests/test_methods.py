@@ -333,6 +333,26 @@ def test_a_meta_step_changes_the_weight_network_and_nothing_else():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_the_gradient_of_a_meta_step_weighs_by_the_held_out_half_and_is_averaged_over_the_processes(monkeypatch):
+    model, (x, y), averaged = network(boosted=True), batch(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = l2w.SampleWeighting(model, optimizer, hidden_size=8, meta_weight_decay=0.0)
+    parameters = list(method.weight_net.parameters())
+    wanted = torch.autograd.grad(method.meta_loss(x[:3], y[:3], x[3:], y[3:]), parameters)
+    before = copy.deepcopy(method.weight_net.state_dict())
+
+    def average(given) -> None:   # with processes whose gradients make this one's zero
+        averaged.extend(p.grad.clone() for p in given)
+        for p in parameters:
+            p.grad.zero_()
+
+    monkeypatch.setattr(l2w, "average_gradients", average)
+    method.meta_step(l2w.Half(x[:3], y[:3], 1.0), l2w.Half(x[3:], y[3:], 0.5))
+    assert all(gradient.abs().max() > 0 for gradient in wanted)
+    torch.testing.assert_close(averaged, [0.5 * gradient for gradient in wanted], rtol=1e-9, atol=0)
+    assert not list(differences(method.weight_net.state_dict(), before))
+
+
 def test_a_batch_of_two_or_three_images_has_halves_and_both_are_trained_on(monkeypatch):
     model, (x, _), seen = network(boosted=True), batch(3), []
     method = l2w.SampleWeighting(model, still(model), meta_interval=9)
@@ -347,11 +367,11 @@ def test_a_batch_of_two_or_three_images_has_halves_and_both_are_trained_on(monke
 
 
 def test_the_outcome_of_two_halves_is_theirs_side_by_side():
-    halves = [Outcome(torch.tensor(total), [torch.full((n, 2), value) for value in (1.0, 2.0)], torch.arange(n),
+    halves = [Outcome(torch.tensor(total), [torch.full((n, 2), total + value) for value in (1.0, 2.0)], torch.arange(n),
                       torch.full((2, n), total)) for n, total in ((1, 3.0), (2, 5.0))]
     joined = l2w._joined(*halves)
     assert joined.total == 8 and joined.labels.tolist() == [0, 0, 1]
-    assert [p.tolist() for p in joined.predictions] == [[[1, 1]] * 3, [[2, 2]] * 3]
+    assert [p.tolist() for p in joined.predictions] == [[[4, 4], [6, 6], [6, 6]], [[5, 5], [7, 7], [7, 7]]]
     assert joined.per_sample.tolist() == [[3, 5, 5]] * 2
 
 
@@ -378,16 +398,17 @@ def test_the_weights_of_samples_by_hand(reads, width, centring, over):
     assert method.weight_net.first_hidden_layer.fc.in_features == len(known) == width
     output = method.weight_net(known.T).T
     torch.testing.assert_close(method.weights(predictions, losses), 1 + 0.4 * (output - output.mean(dim=over, keepdim=True)))
-    torch.testing.assert_close(method.loss(x, y, share=0.5).total,
-                               0.5 * (method.weights(predictions, losses) * losses).mean(dim=1).sum())
+    total = (method.weights(predictions, losses) * losses).mean(dim=1).sum()
+    torch.testing.assert_close(method.loss(x, y, share=0.5).total, 0.5 * total)
+    torch.testing.assert_close(method.loss(x, y).total, total)
 
 
 def test_the_state_of_sample_weighting_comes_back():
     model, (x, y) = network(boosted=True), batch()
-    trained, again = (l2w.SampleWeighting(model, still(model), hidden_size=8) for _ in range(2))
+    trained, again = (l2w.SampleWeighting(model, still(model), hidden_size=8, equalise=True) for _ in range(2))
     trained.step(x, y)
     again.load_state_dict(copy.deepcopy(trained.state_dict()))
-    assert again.batches == trained.batches == 1
+    assert again.batches == trained.batches == 1 and torch.equal(again.objective.average, trained.objective.average)
     assert not list(differences(again.weight_net.state_dict(), trained.weight_net.state_dict()))
     states = [list(method.meta_optimizer.state.values()) for method in (trained, again)]
     assert states[0] and not list(differences(*states))
@@ -397,6 +418,8 @@ def test_samples_leave_in_the_order_of_confidence_and_each_only_once():
     confidence = torch.tensor([[0.9, 0.8, 0.7, 0.6], [0.1, 0.2, 0.4, 0.3], [0.5, 0.5, 0.5, 0.6]])
     leavers = l2w.leaving(confidence, [0.3, 0.26, 0.44])   # a quota of 1, 1 and the rest
     assert [index.tolist() for index in leavers] == [[0], [2], [3, 1]]
+    confidence = torch.zeros(2, 100)   # 0.29 * 100 is 29 in float32, and a little less in float64
+    assert [len(index) for index in l2w.leaving(confidence, torch.tensor([0.29, 0.71], dtype=torch.float64))] == [29, 71]
 
 
 @pytest.mark.parametrize("ranet", [False, True])
