@@ -82,6 +82,10 @@ def test_no_threshold_no_decision(held_out):
     found = early.summary()
     assert found.mean_cost is None and found.exit_share == pytest.approx(np.bincount(exits, minlength=4) / 200)
     assert early.monitor._stayed == [0, early.monitor._ended[3], 0, 0]
+    for thresholds, reached in (([0.0, 0.5, 0.5, 0.0], 0), ([np.inf, np.inf, np.inf, 0.9], 3)):   # all leave, none does
+        monitor = ExitMonitor([0.1, 0.2, 0.3, 0.4], 500)
+        EarlyExit(BoostedNet(Given(), [0.0] * N_EXITS).eval(), thresholds, monitor=monitor)(images(np.random.default_rng(3), 50))
+        assert monitor._ended == [50 * (n == reached) for n in range(4)] and monitor._left == monitor._stayed == [0] * 4
 
 
 def test_false_alarms_are_as_rare_as_promised_however_often_one_looks():

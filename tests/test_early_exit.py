@@ -289,6 +289,9 @@ def test_limits_that_make_no_sense_are_refused(model, images):
         run(images, max_cost=5)
     with pytest.raises(ValueError, match="deadline_ms must be"):
         run(images, deadline_ms=float("nan"))
+    for limit in (float("nan"), -1.0):
+        with pytest.raises(ValueError, match="max_cost must be"):
+            EarlyExit(model, [0.5] * model.n_exits, range(1, model.n_exits + 1))(images, max_cost=limit)
     with pytest.raises(ValueError, match="BoostedNet"):
         EarlyExit(model.backbone, [0.5] * model.n_exits)
 
