@@ -342,7 +342,8 @@ def test_numbers_of_one_hold_out(known):
     """As this version finds them; another search, regression or division is another."""
     best = BestShares(*known, COSTS)
     assert (best.trust, best.dearest) == pytest.approx((0.99295051, 5.38833333), abs=1e-6)
-    assert BestShares(*known, COSTS, seed=1).trust == pytest.approx(0.99392728, abs=1e-6)
+    # Roundings of the processor's matrix products decide for one image more or less: 0.993927, with AVX-512 0.993948.
+    assert BestShares(*known, COSTS, seed=1).trust == pytest.approx(0.99394, abs=5e-5)
     expected = [[1, 0, 0, 0, 0], [0.38810875, 0.58919941, 0.00069642, 0.00028467, 0.02171075],
                 [0.25924243, 0.54986425, 0.00102495, 0.000628, 0.18924037],
                 [0.11022658, 0.23559515, 0.00066831, 0.00224078, 0.65126918]]
