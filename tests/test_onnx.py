@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from models import BoostedNet, MSDNet
 from utils import export
 from utils.core.errors import UserError
 from utils.evaluation import confidence as policies
-from utils.evaluation import onnx_exit, programs
+from utils.evaluation import onnx_exit, programs, runtime
 from utils.evaluation.classify import read_images
 from utils.evaluation.drift import ExitMonitor
 from utils.evaluation.fast_form import load_model
@@ -218,10 +219,21 @@ def test_realtime_on_onnx_is_the_simulation_of_the_programs(run, tmp_path, capsy
     assert all(int(row[4]) == result["macs"][int(row[3]) - 1] for row in rows)
 
 
+def test_programs_for_other_temperatures_have_another_folder(tmp_path, monkeypatch):
+    """Also where only their order or their number differs."""
+    monkeypatch.setattr(runtime, "use_all_cores", lambda threads: None)
+    monkeypatch.setattr(runtime, "write_folder", lambda *_: [])
+    monkeypatch.setattr(runtime, "OnnxPrograms", lambda folder: SimpleNamespace(n_exits=3, folder=folder))
+    net = MSDNet(n_blocks=3, n_channels=4, base=1)
+    found = [runtime.open_runtime("onnx", BoostedNet(net, t), {"state_dict": net.state_dict()}, tmp_path).programs.folder.name
+             for t in ([0.5, 0.5, 0.5], [0.5, 0.3, 0.5], [0.5, 0.5, 0.3], [0.5, 0.3, 0.3], [0.5, 0.3, 0.1], [0.3, 0.3, 0.3])]
+    assert len(set(found)) == 6 and found[0].endswith("_boostednet_0.5")
+
+
 def test_images_give_the_same_on_both_runtimes(run, tmp_path):
     folder = run / "images" / "test" / "class1"
-    for runtime in ("torch", "onnx"):
-        assert evaluate(run, "--images", folder, "--runtime", runtime, "--predictions", tmp_path / f"{runtime}.csv") == 0
+    for name in ("torch", "onnx"):
+        assert evaluate(run, "--images", folder, "--runtime", name, "--predictions", tmp_path / f"{name}.csv") == 0
     rows = {name: list(csv.reader((tmp_path / f"{name}.csv").read_text().splitlines())) for name in ("torch", "onnx")}
     assert [row[0] for row in rows["onnx"][1:]] == [str(path) for path in sorted(folder.iterdir())]
     for one, other in zip(rows["torch"][1:], rows["onnx"][1:], strict=True):

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{out / file.name}: exit {n + 1} of {model.n_exits}, {file.stat().st_size / 1e6:.2f} MB{checked}", flush=True)
     if averaged := averaged_words(saved):
         print(f"{path} holds {averaged}")
-    print(f"{out / ABOUT}: thresholds of {len(points)} budgets, costs, class names")
+    print(f"{out / ABOUT}: thresholds of {len(points)} budget{'s' * (len(points) != 1)}, costs, class names")
     return 0
 
 

@@ -100,10 +100,15 @@ def open_runtime(name: str, model: BoostedNet, saved: dict[str, Any], folder: Pa
     if next(model.parameters()).device.type != "cpu":
         raise UserError("--runtime onnx runs on the CPU here; pass --device cpu")
     use_all_cores(torch.get_num_threads())
-    read = "_".join(f"{t:.12g}" for t in dict.fromkeys(model.temperatures))
-    programs = folder / f"onnx_{hash_weights(saved['state_dict'])[:16]}_{type(model).__name__.lower()}_{read}"
+    programs = folder / f"onnx_{hash_weights(saved['state_dict'])[:16]}_{_reading(model)}"
     if not (programs / ABOUT).is_file():
         echo(f"exporting {model.n_exits} exits to {programs}, once")
         for _ in write_folder(model, saved, [], programs, "onnx"):
             pass
     return OnnxRuntime(OnnxPrograms(programs), policy)
+
+
+def _reading(model: BoostedNet) -> str:
+    """How the exits are read, as part of a folder's name: another one for other temperatures of any exit."""
+    temperatures = model.temperatures if len(set(model.temperatures)) > 1 else model.temperatures[:1]
+    return "_".join([type(model).__name__.lower(), *(f"{t:.12g}" for t in temperatures)])
