@@ -377,10 +377,14 @@ def check_l2w_den(program, images: pathlib.Path, folder: pathlib.Path, flags: li
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_checkpoint_of_l2w_den_tells_its_method(images, tmp_path, prefix):
+def test_a_checkpoint_of_l2w_den_tells_its_method(images, tmp_path, capsys, prefix):
     flags = "--dataset folder --arch msdnet --nBlocks 3 --stepmode lin_grow --step 1 --base 1 --nChannels 4".split()
     check_l2w_den(eval_cifar100, images, tmp_path, flags, prefix, n_valid=8)
     assert set(checkpoint.load(tmp_path / "checkpoint.pth.tar")) == {"state_dict", "epoch", "method"}
+    line = [*flags, "--data-root", str(images), "--evaluate-from", str(tmp_path / "checkpoint.pth.tar"), "--device", "cpu"]
+    capsys.readouterr()
+    message = tiny.one_line_error(capsys, lambda: eval_cifar100.main([*line, "--method", "boost"]))
+    assert "was trained with method l2w, but the command line says boost" in message
 
 
 @pytest.mark.slow

@@ -67,14 +67,14 @@ def name_outputs(class_names: Sequence[str] | None, n_outputs: int) -> list[str]
 def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
     """Let a checkpoint decide what its network is, and return its split.
 
-    A released checkpoint says nothing about itself but perhaps its method; then the flags stand as they were given.
+    A released checkpoint says nothing about itself but perhaps its method; all other flags then stand as they were given.
 
     Raises:
         UserError: when a flag given on the command line says otherwise.
     """
     if "architecture" not in saved:
-        if "method" not in args.explicit:
-            args.method = saved.get("method", args.method)
+        if "method" in saved:
+            _take(args, "method", saved["method"])
         return None
     spec = NetworkSpec.from_checkpoint(saved, args.evaluate_from)
     warn_of_changed_file(args.arch, spec, args.evaluate_from)
@@ -87,15 +87,20 @@ def take_over(args: argparse.Namespace, saved: dict[str, Any]) -> Split | None:
     if holds_out:
         stored |= {"seed": split.seed, "valid_size": len(split.valid_index)}
     for name, value in stored.items():
-        if name in args.explicit and getattr(args, name) != value:
-            raise UserError(f"{args.evaluate_from} was trained with {name} {_show(value)}, but the command line says "
-                            f"{_show(getattr(args, name))}; leave that flag out")
-        if name not in args.explicit:
-            setattr(args, name, value)
+        _take(args, name, value)
     _take_over_temperatures(args, saved["temperatures"])
     if args.use_valid and not holds_out:
         raise UserError(f"{args.evaluate_from} was trained without a hold-out; --use-valid does not fit it")
     return split
+
+
+def _take(args: argparse.Namespace, name: str, value: Any) -> None:
+    """Let a flag have the value that a checkpoint says."""
+    if name in args.explicit and getattr(args, name) != value:
+        raise UserError(f"{args.evaluate_from} was trained with {name} {_show(value)}, but the command line says "
+                        f"{_show(getattr(args, name))}; leave that flag out")
+    if name not in args.explicit:
+        setattr(args, name, value)
 
 
 def hold_out(args: argparse.Namespace, saved: dict[str, Any], split: Split | None) -> dict[str, Any]:
