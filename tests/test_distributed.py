@@ -334,6 +334,22 @@ def test_an_environment_that_is_not_torchruns_is_refused_with_one_line(images, t
     assert message in one_line_error(capsys, lambda: train_imagenet.main(line))
 
 
+def test_a_process_that_others_have_left_can_be_ended_while_it_waits_for_their_errors(monkeypatch):
+    """Without a traceback, and without the news that it will finish its step."""
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 1, 2)]))
+    for name, value in {**ENVIRONMENT, "RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    handlers = []
+    monkeypatch.setattr(errors.time, "sleep", lambda _: handlers.append(signal.getsignal(signal.SIGTERM)))
+    with StopSignals():
+        noting = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(RuntimeError), distributed.process_group(torch.device("cpu")):
+            raise RuntimeError("Connection closed by peer")
+        assert handlers == [signal.SIG_DFL] != [noting] and signal.getsignal(signal.SIGTERM) == noting
+
+
 def test_copies_that_a_scheduler_starts_are_told_about_torchrun(monkeypatch, caplog):
     monkeypatch.setenv("WORLD_SIZE", "1")
     for tasks, warned in (("1", False), ("4", True)):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -63,8 +64,11 @@ def process_group(device: torch.device, backend: str | None = None) -> Iterator[
                             device_id=device if cuda else None)
     try:
         yield
-    except RuntimeError:
-        wait_for_other_errors()   # most likely another process has left, and this is only how it shows here
+    except RuntimeError:   # most likely another process has left, and this is only how it shows here
+        # The launcher then ends this one, in which there is no step left to finish and to save.
+        before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        wait_for_other_errors()
+        signal.signal(signal.SIGTERM, before)
         raise
     # Not after an error: the other processes may never come to this line, and some backends wait for them here.
     dist.destroy_process_group()
