@@ -47,7 +47,7 @@ TARGETS = {
     "utils.evaluation.thresholds": ("test_optimised_thresholds", "hull or single_exit or corner or cost_their or regression or "
                                     "earns or beyond or out_of_use or degenerate or saves or certified or betting or spread or "
                                     "formula or loss_is or halved or numbers_of or between_two or become or by_hand or points_of "
-                                    "or one_line or in_words"),
+                                    "or one_line or in_words or end_the_search or a_gain_of_nothing or rounding_alone"),
     "utils.evaluation.early_exit": ("test_early_exit test_drift", "(test_early_exit and not forms_for_inference) or counted or "
                                     "cut_short or no_decision or mistakes"),
     "utils.evaluation.predict": ("test_evaluation test_calibration", "test_evaluation or definitions or details_are or no_answer "

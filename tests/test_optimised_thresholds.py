@@ -147,6 +147,15 @@ def test_gains_by_chance_are_not_trusted():
     assert np.mean(found) < 0.4
 
 
+def test_a_gain_of_nothing_and_fewer_inputs_than_parts_earn_no_trust():
+    rng = np.random.default_rng(2)   # one of few draws in which five inputs are enough
+    confidence, correct = rng.random((int(rng.integers(2, 5)), 5)), rng.random((4, 5)) < 0.5
+    costs = np.cumsum(rng.random(4) + 0.1)
+    assert BestShares(confidence, correct, costs).trust > 0
+    assert BestShares(confidence[:, :4], correct[:, :4], costs).trust == 0
+    assert BestShares(confidence, np.ones((4, 5), bool), costs).trust == 0
+
+
 def test_beyond_what_pays_nothing_is_spent():
     confidence, correct = scores(np.random.default_rng(5), 4, 3000, skill=[0.5, 1.5, -2, -2])
     costs = np.array([1.0, 2, 3, 4])
@@ -269,6 +278,14 @@ def test_what_cannot_be_certified_is_the_whole_network():
     assert found.thresholds.tolist() == [np.inf, np.inf, -np.inf]
 
 
+def test_certified_thresholds_are_of_one_seed_and_held_against_the_share_that_may_be_lost(known, monkeypatch):
+    seeds, bounds = [], []
+    monkeypatch.setattr(thresholds, "cross_fitted_trust", lambda *a, seed: seeds.append(seed) or 0.5)
+    monkeypatch.setattr(thresholds, "is_below", lambda losses, bound, *a: bounds.append(bound) or True)
+    certify(*known, COSTS, 6.0, seed=3)
+    assert seeds == [3] and bounds == [0.06] * 100
+
+
 def test_the_first_thresholds_that_fail_end_the_search():
     """To look on for some that pass would be a choice on the images of the test."""
     n, rng = 400, np.random.default_rng(15)
@@ -373,8 +390,25 @@ def test_the_upper_hull_of_points():
         assert [(c.cost, c.value) for c in found] == [(0.0, 0.0), (0.1, 0.4), (0.6, 0.9), (1.0, 1.0)]
     level = [(0.0, 0.0), (0.6, 0.9), (0.8, 0.9)]   # to spend more for nothing
     assert [c.cost for c in thresholds._upper([corner(*point) for point in level])] == [0.0, 0.6]
+    assert [c.cost for c in thresholds._upper([corner(0.0, 0.5), corner(0.5, 0.6), corner(1.0, 1.0)])] == [0.0, 1.0]
     line = [corner(0.0, 0.0), corner(0.25, 0.25), corner(1.0, 1.0)]
     assert [c.cost for c in thresholds._upper(line)] == [0.0, 1.0]   # a mixture of two is no corner
+
+
+def test_a_corner_is_left_for_a_gain_beyond_rounding_alone():
+    confidence = np.linspace(0.9, 0.1, 100)[None].repeat(2, axis=0)
+    for gain, ranks in ((0.0, (100, 100)), (1e-6, (100, 100)), (1e-3, (0, 100))):
+        value = np.ones((2, 100))
+        value[0, -1] -= gain   # the least certain input gains by going on, and for the others it is the same
+        solver = PriceSolver(confidence, value, np.array([1.0, 2.0]))
+        assert solver.solve(0.0, solver.leave_first()).ranks == ranks
+
+
+def test_the_probability_by_regression_does_not_depend_on_the_spread_of_the_logits():
+    rng = np.random.default_rng(25)
+    logits, correct = rng.normal(size=(3, 200)), rng.random((3, 200)) < 0.6
+    one, other = (probability_right(1 / (1 + np.exp(-factor * logits)), correct) for factor in (1.5, 0.1))
+    np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 def test_shares_between_two_corners_are_mixed_and_beyond_the_last_are_its_own():
@@ -401,7 +435,8 @@ def test_shares_become_thresholds_and_nobody_left_over_means_that_everybody_leav
         assert fit_shares(confidence, total * np.array([0.5, 0.25, 0.25])).tolist() == [0.7, 0.8, -np.inf]
     assert fit_shares(confidence, np.array([0.5, 0.5, 0.0])).tolist() == [0.7, -np.inf, -np.inf]
     assert fit_shares(confidence, np.array([0.5, 0.39, 0.11])).tolist()[1] == -np.inf   # less than half an input is nobody
-    assert fit_shares(confidence, np.array([0.5, 0.3, 0.2])).tolist()[1] > 0
+    for more in (0.3, 0.375):   # half an input is somebody
+        assert fit_shares(confidence, np.array([0.5, more, 0.5 - more])).tolist()[1] > 0
 
 
 # Curves and what is said of them
@@ -414,6 +449,7 @@ def test_a_paired_gain_by_hand():
     assert gain == pytest.approx(2.0)   # 30 won, 10 lost
     spread = 1.96 * 100 * math.sqrt((0.04 - 0.02 ** 2) / 1000)
     assert (low, high) == (pytest.approx(2 - spread, abs=0.11), pytest.approx(2 + spread, abs=0.11))
+    assert [10 * low, 10 * high] == pytest.approx([round(10 * low), round(10 * high)])   # of 1000 images each is a tenth
     assert thresholds._paired_gain(confidence, correct, *[np.array([-np.inf, -np.inf])] * 2) == (0.0, [0.0, 0.0])
 
 
@@ -448,7 +484,7 @@ def test_points_of_an_optimised_curve_are_what_their_thresholds_give(known):
      "below 0 at 0")])
 def test_one_line_on_a_curve(points, text):
     rows = [{"budget": budget, "test_gain": gain, "test_gain_interval": [low, high]} for budget, gain, low, high in points]
-    assert thresholds.describe_gain(rows, [1.0, 100.0]) == f"Over eq. 9 at the same budget: {text}"
+    assert thresholds.describe_gain(rows, [1.0, 2.0, 100.0]) == f"Over eq. 9 at the same budget: {text}"
 
 
 def test_a_promise_as_a_point_and_in_words(known):
