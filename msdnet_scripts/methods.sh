@@ -73,6 +73,9 @@ block_losses() {
     if [ $distill = teacher ] && [ -z "$(value_of --teacher "" "$@")" ]; then
         fail "name the network to learn from: block_losses_$dataset.sh $variant teacher --teacher FILE"
     fi
+    if [ $distill = self ] && [ -n "$(value_of --teacher "" "$@")" ]; then
+        fail "self learns from the last exit; with --teacher it is block_losses_$dataset.sh $variant teacher --teacher FILE"
+    fi
     read -ra settings <<<"$network $(schedule "$dataset") --batch-size 64 --workers 16 --weight-decay 1e-4 $settings"
     train_in "block_losses_${dataset}_${variant}_$distill" "$dataset" "${settings[@]}" "$@"
 }

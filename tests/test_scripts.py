@@ -389,6 +389,7 @@ def test_collaborating_exits_are_trained_in_two_stages(tmp_path):
     ("block_losses_cifar100", {}, "there is no variant ''"),
     ("block_losses_imagenet all", {}, "there is no variant 'all'"),
     ("block_losses_cifar100 overlap teacher", {}, "--teacher FILE"),
+    ("block_losses_cifar100 overlap self --teacher t.pth", {}, "self learns from the last exit"),
     ("imta_cifar100 --method joint", {}, "--method cannot be given"),
 ])
 def test_what_a_recipe_cannot_do_is_refused_with_one_line(tmp_path, line, environment, words):
