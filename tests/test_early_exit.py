@@ -312,6 +312,13 @@ def test_costs_may_be_equal_and_below_one_and_calibrations_below_one_too():
     EarlyExit(BoostedNet(Given(), [0.0] * 3), [0.5] * 3, [0.25, 0.5, 0.5], calibration=[0.5, 1.0, 2.0])
 
 
+def test_a_calibration_divides_the_logits_of_its_exit_for_the_confidence():
+    images = torch.tensor([[[1.0, 0]] * 3, [[0.2, 0]] * 3])
+    found = EarlyExit(BoostedNet(Given(), [0.0] * 3).eval(), [0.7, 0.7, 0.0], calibration=[2.0, 0.5, 4.0])(images)
+    assert found.exit.tolist() == [1, 2] and found.prediction.tolist() == [0, 0]
+    torch.testing.assert_close(found.confidence, torch.tensor([1 / 0.5, 0.2 / 4]).sigmoid())
+
+
 class Carried(Given):
     def step(self, n, state):
         return state[:, n].clone(), state
