@@ -60,7 +60,7 @@ TARGETS = {
     "utils.data.split": ("test_split", ""),
     "op_counter": ("test_models", "macs or counted or pool or functions"),
     "models.backbone": ("test_chain", "protocol or backbone or frozen"),
-    "models.folding": ("test_chain", "folded"),
+    "models.folding": ("test_chain", "folded or answers_otherwise"),
     "utils.report": ("test_report", ""),
     "utils.reports.finished_runs": ("test_finished_runs test_report", "test_finished_runs or every_command"),
     "utils.methods.losses": ("test_objective test_methods", "test_objective or distillation or teacher_s or by_hand"),

@@ -192,6 +192,11 @@ def test_exit_rate_at_the_ends_of_the_range_and_a_rounding_error_beyond():
     assert ai.solve_exit_rate(costs, 70) == ai.solve_exit_rate(costs, 70 * (1 + 1e-12)) == 0.0
 
 
+def test_the_exit_rate_does_not_depend_on_the_unit_of_the_costs():
+    costs = np.array([10.0, 30.0, 70.0])
+    assert ai.solve_exit_rate(1e-7 * costs, 3e-6) == pytest.approx(ai.solve_exit_rate(costs, 30.0), rel=1e-8)
+
+
 def test_one_exit_takes_everything():
     assert ai.solve_exit_rate([5.0], 5.0) == 1.0
     assert ai.exit_shares(1.0, 1).tolist() == [1.0]
@@ -368,6 +373,7 @@ def test_what_needs_a_network_is_found_under_the_public_name():
     assert ai.EarlyExit is early_exit.EarlyExit and ai.Exits is early_exit.Exits
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         ai.Nothing  # noqa: B018
+    assert not hasattr(ai, "SIZES_PER_DOUBLING")   # of the same module, and none of these names
 
 
 # Curves

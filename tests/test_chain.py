@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tiny import command, make_images, one_line_error
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval_cifar100
@@ -18,7 +19,7 @@ import train_cifar100
 from adaptive_inference import EarlyExit, exit_index
 from args import choose_network, parse_args
 from models import Backbone, BoostedNet, ChainNet, CollaborativeNet, PooledClassifier, ResNet, check_backbone
-from models.folding import fold_batch_norm
+from models.folding import _has_hooks, fold_batch_norm
 from op_counter import measure_model
 from utils.core.errors import UserError
 from utils.evaluation.fast_form import prepare_for_inference
@@ -169,6 +170,12 @@ class Expanded(Ones):
 
 
 @breaks("shares memory")
+class Repeated(Ones):
+    def start(self, x):
+        return Pair(x, [x.mean((1, 2, 3))[:, None].expand(-1, 2)])
+
+
+@breaks("shares memory")
 class Buffer(Ones):
     def start(self, x):
         return Pair(x, [self.shift])
@@ -189,7 +196,17 @@ class OverTheBatch(Ones):
 @breaks("gives other logits than OtherForward.forward")
 class OtherForward(Ones):
     def forward(self, x):
-        return [logits + 1 for logits in super().forward(x)]
+        return [logits + torch.arange(CLASSES) for logits in super().forward(x)]
+
+
+@breaks("gives other logits than SmallLogits.forward")
+class SmallLogits(Ones):
+    def step(self, n, state):
+        logits, state = super().step(n, state)
+        return 1e-6 * logits, state
+
+    def forward(self, x):
+        return [2 * logits for logits in super().forward(x)]
 
 
 @breaks(r"logits of shape \[3, 5, 1\]")
@@ -208,14 +225,48 @@ class LogitsOnly(Ones):
         return [torch.zeros(len(x), CLASSES)] * 2
 
 
+class Odd(Ones):
+    """What the protocol allows: numbers as a state, rounding in a logit of 0, and dimensions of size 1 with any stride."""
+
+    def start(self, x):
+        one = x.mean((1, 2, 3))
+        return Pair(x, [one, one.clone().as_strided((len(x), 1), (1, 0))])
+
+    def step(self, n, state):
+        logits, state = super().step(n, state)
+        return logits * (torch.arange(CLASSES) > 0), state
+
+    def forward(self, x):
+        return [logits * (1 + 1e-6) for logits in super().forward(x)]
+
+
+class Single(Ones):
+    """One exit, and nothing after it; its logits are 0 as in a network whose classifier begins so."""
+
+    n_exits = 1
+
+    def step(self, n, state):
+        return torch.zeros(len(state.first), CLASSES), None
+
+
 def test_a_network_that_keeps_the_protocol_passes_and_is_left_as_it_is():
-    for net in (chain(), Ones()):
+    for net in (chain(), chain().train(), Ones(), Odd(), Single()):
         net.classifier[0].train()
+        draws = torch.get_rng_state()
         before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         modes = [module.training for module in net.modules()]
         check_backbone(net, num_classes=CLASSES, image_size=16)
         assert [module.training for module in net.modules()] == modes
         assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+        assert torch.equal(torch.get_rng_state(), draws)
+
+
+def test_a_frozen_backbone_trains_its_exits_alone_from_the_start():
+    net = chain().eval()
+    assert net.train().training and net.stages.training
+    net.freeze()
+    assert net.training and net.classifier.training and not net.stages.training
+    assert not net.train(False).classifier.training and not net.train().stages.training
 
 
 @pytest.mark.parametrize("network", BROKEN)
@@ -260,7 +311,7 @@ class Twisted(nn.Module):
         x = self.free(self.convs[3](x))                             # no statistics
         x = self.bns[4](self.convs[4](x))                           # this one is folded
         returned = self.convs[5](x)
-        return [x.mean((2, 3)), returned, self.bns[5](returned)]
+        return [torch.add(x.mean((2, 3)), x.amax((2, 3)), alpha=1e4), returned, self.bns[5](returned)]
 
 
 def test_normalisations_that_cannot_be_folded_stay_and_nothing_changes():
@@ -269,8 +320,22 @@ def test_normalisations_that_cannot_be_folded_stay_and_nothing_changes():
     folded = fold_batch_norm(net, x)
     assert [type(norm).__name__ for norm in folded.bns] == ["BatchNorm2d"] * 4 + ["Identity", "BatchNorm2d"]
     assert isinstance(folded.free, nn.BatchNorm2d)
+    assert _get_current_dispatch_mode() is None and not any(map(_has_hooks, net.modules()))
     for got, want in zip(folded(x), net(x), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("hooked", ["forward hook", "hook before", "forward of its own"])
+def test_a_convolution_in_whose_calls_more_happens_is_not_folded(hooked):
+    net = Twisted()
+    net = with_statistics(nn.Sequential(*(layer for i in (0, 1) for layer in (net.convs[i], net.bns[i]))))
+    if hooked == "forward hook":
+        net[0].register_forward_hook(lambda module, inputs, output: output + 1)
+    elif hooked == "hook before":
+        net[0].register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    else:
+        net[0].forward = lambda x, forward=net[0].forward: forward(x) + 1
+    assert [type(layer).__name__ for layer in fold_batch_norm(net, images(4))] == ["Conv2d", "BatchNorm2d", "Conv2d", "Identity"]
 
 
 class Sneaky(nn.Module):
@@ -281,7 +346,8 @@ class Sneaky(nn.Module):
         self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [self.bn(self.conv(x)).mean((2, 3)) * self.conv.weight.norm()]
+        first, *others = self.bn(self.conv(x)).mean((2, 3)).unbind(1)
+        return [torch.stack([first, *(other * self.conv.weight.norm() for other in others)], dim=1)]
 
 
 def test_a_network_that_answers_otherwise_when_folded_is_left_as_it_is(caplog):
