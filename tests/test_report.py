@@ -76,6 +76,7 @@ def test_the_papers_table_has_its_rows_this_projects_and_the_difference(tmp_path
     assert table.rows[3][1] == "-0.60" and table.rows[6][1] == "-0.32"   # 64 - 64.60, 65 - 65.32
     assert found["BoostNet less baseline, here"] == ["+1.00"] * 10
     assert found["BoostNet less baseline, paper"][::9] == ["+0.72", "+0.32"]
+    assert "chosen by test accuracy; rows here are of the last epoch" in table.notes[0]
     assert set(rows(tables, RANET)["BoostNet, here"]) == {"not run"} and len(tables) == 2
 
 
@@ -90,6 +91,19 @@ def test_a_run_of_other_settings_never_enters_the_papers_table(tmp_path, change)
     [own] = [table for table in tables if "last epoch" in table.title]
     assert own.rows[1][0] == "BoostNet" and "Not the paper's" in own.notes[0]
     assert "--nBlocks 10" in own.title and ("299 epochs" if "299" in change else "300 epochs") in own.title
+
+
+def test_another_run_has_a_column_for_each_exit_and_its_best_epoch_on_test(tmp_path):
+    runs = [write_run(tmp_path / "run", 65.0, on_test=65.5, flags="--epochs 2 --paper_protocol")]
+    [own] = [table for table in report.report(runs) if "last epoch" in table.title]
+    assert list(own.columns) == ["exit", *map(str, range(1, 11))] and "2 epochs:" in own.title
+    assert {row[0]: row[1] for row in own.rows}["  best epoch on the test set"] == "65.50"
+
+
+def test_a_network_costs_what_is_published_where_every_exit_does_but_for_the_fifth_digit():
+    for macs, same in (([1e6, 2e6], True), ([1e6, 3e6], False), ([3e6, 2e6], False), ([1e6], False), ([999_500.5, 2e6], True),
+                       ([1e6, 2_000_999], True), ([1e6, 2_001_001], False)):
+        assert report.has_costs(macs, [1.0, 2.0]) is same
 
 
 def test_seeds_become_mean_standard_deviation_and_n(tmp_path):
@@ -307,6 +321,18 @@ def test_what_else_differs_is_named(tmp_path):
         "BoostNet, processes 1, training images 25000", "BoostNet, processes 2, training images 50000"]
 
 
+def test_runs_that_differ_in_what_an_older_one_does_not_say_are_named_by_their_folders(tmp_path):
+    runs = [write_run(tmp_path / str(data), flags="--epochs 3", data_hash=data) for data in (None, "a")]
+    assert [name for name in rows(report.report(runs), "3 epochs") if "BoostNet" in name] == ["BoostNet (None)", "BoostNet (a)"]
+
+
+def test_help_says_what_the_tables_are_of(capsys):
+    with pytest.raises(SystemExit):
+        report.main(["--help"])
+    printed = capsys.readouterr().out
+    assert report.__doc__.splitlines()[0][:40] in printed and "RESULT_DIR" in printed
+
+
 # Budgets
 
 def test_budgets_show_test_figures(tmp_path):
@@ -402,7 +428,9 @@ def table_and_commands(folder: Path) -> list[tuple[list[str], list[str]]]:
 
 def test_the_page_has_the_table_of_published_runs(capsys):
     assert report.main([]) == 0
-    assert capsys.readouterr().out in report.PAGE.read_text(), "paste what `python -m utils.report` prints into docs/results.md"
+    printed = capsys.readouterr().out
+    assert printed.count("\n") > 6
+    assert printed in report.PAGE.read_text(), "paste what `python -m utils.report` prints into docs/results.md"
 
 
 def test_every_command_in_the_table_trains_its_run(tmp_path):
