@@ -67,7 +67,8 @@ TARGETS = {
     "utils.methods.base": ("test_methods test_steps", "lowers or epsilon_zero or a_start_takes or sum_over or exchange or lost"),
     "utils.methods.distillation": ("test_methods", "distillation and not refused or teacher_s"),
     "utils.methods.block_losses": ("test_methods test_method_flags", "routed or groups_that or blocks_that or arrives"),
-    "utils.methods.imta": ("test_methods", "by_hand or collaborating_exits_have or collaborating_exits_start"),
+    "utils.methods.imta": ("test_methods test_image_sizes",
+                           "smallest_pass or by_hand or collaborating_exits_have or collaborating_exits_start"),
     "utils.methods.l2w": ("test_methods test_methods_golden test_method_flags test_steps test_image_sizes",
                           "epsilon or meta_step or halves or leave_in or weight_network or trial or state_of_sample or samples "
                           "or built_by_hand or smallest_pass or A-8 or B-8-mat"),

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from adaptive_inference import budget_curve, patience_curve, released_curve
+from utils.core.errors import UserError
 from utils.evaluation import calibration, modes
 from utils.evaluation.operating_points import finite
-from utils.evaluation.predict import Predictions, predict
+from utils.evaluation.predict import Predictions, collect, predict, read
 
 MACS = [10_000_000, 25_000_000, 60_000_000]
 ABOUT = {"name": "run", "dataset": "cifar100", "method": "boost", "arch": "msdnet_ge", "ensemble": None, "policy": "confidence",
@@ -139,3 +140,44 @@ def test_top5_counts_labels_on_the_first_five_places():
     assert found.top1 == pytest.approx([100 / 7, 100 / 7])
     assert found.top5.tolist() == pytest.approx([500 / 7, 300 / 7])
     assert found.correct.tolist() == (places == 1).T.tolist()
+
+
+class Dropping(nn.Module):
+    """Two exits that answer at random in training."""
+
+    n_exits = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(3, 4), nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [self.linear(x), self.linear(3 * self.dropout(x))]
+
+
+class Listed(list):
+    """Batches of (images, labels, share) in file order."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        super().__init__((x, y, 1.0) for x, y in zip(images.split(1000), labels.split(1000)))
+        self.index = torch.arange(len(labels))
+
+
+def test_outputs_that_were_collected_give_what_predicting_gives():
+    draw = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(5000, 3, generator=draw), torch.randint(4, (5000,), generator=draw)
+    model, batches = Dropping().train(), Listed(images, labels)
+    outputs = collect(model, batches)
+    assert model.training and torch.equal(outputs.labels, labels)
+    with torch.no_grad():
+        torch.testing.assert_close(outputs.logits, torch.stack(model.eval()(images)))
+    collect(model, batches)
+    assert not model.training
+    found, wanted = read(outputs), predict(model, batches)
+    assert found.details is wanted.details is None and torch.equal(found.correct, wanted.correct)
+    torch.testing.assert_close(found.confidence, wanted.confidence)
+    with pytest.raises(UserError, match="no image of this set that can be read"):
+        collect(model, Listed(images[:0], labels[:0]))
+    nothing = predict(model, Listed(images[:0], labels[:0]), details=True)
+    assert [column.dtype for column in nothing.details] == [torch.int64] + [torch.float32] * 4
+    assert nothing.correct.dtype == torch.bool and nothing.confidence.shape == (2, 0)

@@ -505,6 +505,16 @@ def test_the_loss_of_collaborating_exits_by_hand():
     torch.testing.assert_close(outcome.total, ce[1] + 0.75 * ce[0] + 0.25 * 4 * kl)
 
 
+def test_collaborating_exits_weigh_a_part_of_a_batch_by_its_share_by_hand():
+    model, (x, y) = network(boosted=False, n_blocks=2), batch()
+    model = BoostedNet(CollaborativeNet(model.backbone).double(), [0.0, 0.0]).train()
+    method = imta.Collaboration(model, still(model))
+    whole = method.loss(x, y).total
+    torch.testing.assert_close(method.step(x, y).total, whole)
+    for share in (0.5, 1.0, 2.0):
+        torch.testing.assert_close(method.loss(x, y, share=share).total, share * whole)
+
+
 def test_collaborating_exits_have_the_paper_s_constants_and_leave_a_single_image_out():
     model, (x, y) = network(boosted=False, n_blocks=2), batch()
     model = BoostedNet(CollaborativeNet(model.backbone).double(), [0.0, 0.0]).train()

@@ -277,6 +277,35 @@ def test_functions_count_as_modules_do_and_a_parameter_once(on_host):
     assert measure_model(net, 8, 8) == ([first, first + attention + head], [weights, weights + 3 * 9 + 9 + 3 * 3 + 3])
 
 
+class Particular(torch.nn.Module):
+    """Attention that PyTorch has one operation for, pooling with an uneven kernel, and values that are looked at."""
+
+    n_exits = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def start(self, x):
+        return x
+
+    def step(self, n, x):
+        x = F.max_pool2d(x, (2, 3), stride=1)
+        x = F.avg_pool2d(x, [2], stride=1)
+        if not x.isfinite().all() or torch.add(torch.ones(()), torch.ones(()), alpha=3) != 4:   # so it is counted on the CPU
+            raise ValueError
+        tokens = x.flatten(1)[:, :20].unflatten(1, (5, 4))
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1), None
+
+
+def test_functions_with_parameters_of_their_own_are_counted_and_settings_left_as_they_are():
+    pooled, averaged = 3 * 7 * 6, 3 * 6 * 5
+    attention = 5 * 4 * 4 * 4 + 5 * 4 * 4 + 2 * 4 * 5 * 5   # three projections and the last, their biases, two products
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert measure_model(Particular(), 8, 8)[0] == [pooled * 6 + averaged * 4 + attention + 20]
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_macs_of_convolutions_and_linear_layers_agree_with_torchs_counter(backbone):
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -11,6 +11,7 @@ import torch
 from adaptive_inference import evaluate_thresholds
 from utils.core.errors import UserError
 from utils.evaluation import operating_points as points_of
+from utils.evaluation.thresholds import optimised_thresholds
 from utils.runs.checkpoint import hash_weights
 
 MACS = [10.0, 20.0, 50.0]
@@ -60,6 +61,45 @@ def test_points_are_read_from_the_file_of_the_way_of_reading(tmp_path):
 def test_damaged_points_are_refused(tmp_path, wrong):
     with pytest.raises(UserError, match="dynamic.json is damaged .* evaluate with --evalmode dynamic again"):
         taken(tmp_path, curve(points=wrong))
+
+
+def test_a_stored_calibration_is_one_temperature_above_0_for_each_exit(tmp_path):
+    how = dict(name="dynamic_calibrated", calibrated=True)
+    assert taken(tmp_path, curve(calibration=[0.5, 1.0, 2.0]), **how) == curve()["points"]
+    assert taken(tmp_path, curve(), **how) == taken(tmp_path, curve(calibration=[1.0] * 3)) == []
+    for wrong in ([1.0] * 2, [1.0, "1", 1.0], [1.0, 0.0, 2.0], 1.0):
+        with pytest.raises(UserError, match="calibration is not one temperature for each exit"):
+            taken(tmp_path, curve(calibration=wrong), **how)
+
+
+SHARES = [[0.5, 0.25, 0.25], [0.2, 0.3, 0.5], [0.0, 0.0, 1.0]]
+
+
+def curve_with(shares, **more):
+    return curve(points=[{**point, "valid_exit_share": share} for point, share in zip(curve()["points"], shares)], **more)
+
+
+def test_where_the_held_out_images_left_is_told_by_complete_files_alone():
+    assert points_of.hold_out_exits(curve_with(SHARES, n_valid=90)) == {"n_images": 90, "exit_share": SHARES}
+    assert points_of.hold_out_exits(curve_with([*SHARES[:2], [0.0, 5e-7, 1.0]], n_valid=90))
+    for wrong in (curve(n_valid=90), curve_with(SHARES), curve_with(SHARES, n_valid="90"),
+                  *(curve_with([*SHARES[:2], last], n_valid=90)
+                    for last in (None, [0.5, 0.5], [0.5, 0.25, 0.1], [0.5, 0.5, 1.0], [0.0, 3e-6, 1.0], [0.5, "0.5", 0.0]))):
+        assert points_of.hold_out_exits(wrong) is None and points_of.monitor(wrong, 0) is None
+
+
+def test_the_monitor_of_a_point_compares_with_its_shares():
+    found = points_of.monitor(curve_with(SHARES, n_valid=90), 1)
+    assert (found.held_out_share, found.n_held_out, found.costs, found.thresholds) == (SHARES[1], 90, MACS, "geometric")
+
+
+def test_thresholds_of_the_kind_that_is_asked_for():
+    rng = np.random.default_rng(1)
+    confidence, correct = rng.random((3, 300), dtype=np.float32), rng.random((3, 300)) < 0.6
+    valid = SimpleNamespace(confidence=torch.from_numpy(confidence), correct=torch.from_numpy(correct))
+    for kind, wanted in (("geometric", [points_of.fit(confidence, MACS, budget) for budget in (15.0, 30.0)]),
+                         ("optimised", optimised_thresholds(confidence, correct, MACS, [15.0, 30.0]))):
+        np.testing.assert_array_equal(points_of.fit_all(valid, MACS, [15.0, 30.0], kind), wanted)
 
 
 def test_thresholds_of_half_precision_are_taken_only_where_no_confidence_was_rounded_to_one(tmp_path, caplog):

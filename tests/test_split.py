@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.core.errors import UserError
-from utils.data.sampling import plan_evaluation, plan_training
-from utils.data.split import Split, hash_labels
+from utils.data.sampling import global_batch_size, plan_evaluation, plan_training
+from utils.data.split import Split, _draw_per_class, hash_labels
 
 LABELS = torch.arange(40) % 4
 
@@ -144,6 +144,10 @@ def test_a_part_of_a_pass_has_its_batches_as_they_are():
     assert rest.n_dropped == plan.n_dropped and plan.part(0).sizes == plan.sizes
 
 
+def test_the_size_of_a_global_batch_follows_from_one_part_and_its_weight():
+    assert global_batch_size(2, 0.75, 3) == 8 and global_batch_size(5, 1.0, 1) == 5 and global_batch_size(1, 2 / 3, 2) == 3
+
+
 def test_evaluation_weights_no_batch_and_takes_everything_by_default():
     plan = plan_evaluation(torch.arange(7), batch_size=3)
     assert (plan.index.tolist(), plan.sizes, plan.shares, plan.n_dropped) == (list(range(7)), [3, 3, 1], [1.0] * 3, 0)
@@ -217,6 +221,8 @@ def test_a_class_with_too_few_images_is_named():
     assert len(Split.draw(labels, 0, seed=0, images_per_class=3).train_index) == 9
     with pytest.raises(UserError, match="class 2 has 3 images to train on, fewer than --images_per_class 4"):
         Split.draw(labels, 0, seed=0, images_per_class=4)
+    with pytest.raises(UserError, match="class 7 has 0 images"):
+        _draw_per_class(labels, torch.arange(8), 1, seed=0)   # those of class 7 are all held out
     with pytest.raises(UserError, match="class . has . images to train on, fewer than --images_per_class 3"):
         Split.draw(labels, 8, seed=0, images_per_class=3)
 
@@ -230,6 +236,10 @@ def test_a_split_with_chosen_images_comes_back_and_has_a_hash_of_its_own(tmp_pat
     assert not split.holds_out_as(Split.draw(LABELS, 10, seed=4, images_per_class=2))
     nothing = Split.draw(LABELS, 0, seed=3, images_per_class=2)
     assert not split.holds_out_as(nothing) and not nothing.holds_out_as(whole) and nothing.holds_out_as(nothing)
+    with pytest.raises(UserError, match="both held out and trained on"):
+        Split.from_dict(split.to_dict() | {"chosen": torch.cat([split.chosen, split.valid_index[:1]]).sort().values})
+    with pytest.raises(UserError, match="not a rising list"):
+        Split.from_dict(split.to_dict() | {"valid_index": split.valid_index.flip(0)})
     for change in (split.valid_index, split.chosen + 40, split.chosen.flip(0), split.chosen[:0], None, split.chosen[1:]):
         with pytest.raises(UserError, match="damaged"):
             Split.from_dict(split.to_dict() | {"chosen": change})

@@ -138,6 +138,11 @@ def test_the_halves_of_all_processes_weigh_by_their_sizes(monkeypatch, n):
         assert lost.share * len(first.labels) == pytest.approx(first.share * len(lost.labels))
 
 
+def test_one_process_divides_a_batch_of_two_images_lost_ones_or_not():
+    labels = torch.zeros(3)
+    assert [is_divisible(labels[:n], share=1.0) for n in (1, 2, 3)] == [False, True, True]
+
+
 def test_a_process_that_has_lost_all_images_but_one_ends_the_run_and_no_other_does(monkeypatch):
     """Each image of a batch of n weighs 2 / n in two processes, where unreadable ones were left out too."""
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
