@@ -129,7 +129,36 @@ def test_runs_that_differ_in_more_than_their_method_are_refused(runs, flag, valu
 
 def test_a_second_run_of_a_method_is_refused(runs):
     shutil.copytree(runs / "boost", runs / "boost again")
+    with pytest.raises(UserError, match="seed 0 included"):
+        methods_table.read_comparison(runs)
+    change(runs / "boost again" / "results.json", config={**results(runs, "boost")["config"], "ensemble_reweight": [0.2]})
     with pytest.raises(UserError, match="are of the same method"):
+        methods_table.read_comparison(runs)
+
+
+def test_several_seeds_of_a_method_are_their_mean(runs):
+    again = runs / "joint, seed 1"
+    shutil.copytree(runs / "joint", again)
+    change(again / "results.json", config={**results(runs, "joint")["config"], "seed": 1}, peak_rss_bytes=7000 * 2**20)
+    anytime, dynamic = (json.loads((again / f"{mode}.json").read_text()) for mode in ("anytime", "dynamic"))
+    change(again / "anytime.json", top1=[top1 + 4 for top1 in anytime["top1"]])
+    change(again / "dynamic.json", points=[{**point, "test_top1": point["test_top1"] + 1,
+                                            "test_mean_macs": 0.9 * point["test_mean_macs"]} for point in dynamic["points"]])
+    alone = cells(PUBLISHED)[1]["joint training"]
+    table, rows = cells(runs)
+    mean = rows["joint training (n = 2)"]
+    assert "mean over n seeds" in table.title and rows["BoostNet"] and len(rows) == 7
+    for n in range(1, 5):
+        assert float(mean[f"exit {n}"].split()[0]) == pytest.approx(float(alone[f"exit {n}"].split()[0]) + 2, abs=0.011)
+    assert (mean["train s"], mean["peak MiB"]) == (alone["train s"], "7000")
+    found = next(row for row in methods_table.read_comparison(runs).rows if row.label == "joint training (n = 2)")
+    costs, top1 = found.curve
+    points = sorted((point["test_mean_macs"] / 1e6, point["test_top1"]) for point in dynamic["points"])
+    assert costs[0] == points[0][0] and costs[-1] <= 0.9 * points[-1][0]   # nothing is said beyond either seed's curve
+    macs, plain = np.array(points).T
+    assert np.allclose(top1, (np.interp(costs, macs, plain) + np.interp(costs, 0.9 * macs, plain + 1)) / 2)
+    (again / "anytime_poe.json").unlink()
+    with pytest.raises(UserError, match="not evaluated with the same --ensemble"):
         methods_table.read_comparison(runs)
 
 
