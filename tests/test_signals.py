@@ -175,7 +175,9 @@ def test_a_signal_to_the_whole_process_group_does_not_end_the_data_loaders(tmp_p
         os.killpg(training.process.pid, signal.SIGTERM)
         assert training.process.wait(60) == STOPPED, (tmp_path / "output").read_text()
     output = (tmp_path / "output").read_text()
-    assert output.count("SIGTERM: stopped") == 1 and "Traceback" not in output   # after a step or while waiting for images
+    # The signal comes in a step, or while images are awaited, where no step is finished; loaders never answer it.
+    assert output.count("SIGTERM: stopped") == 1 and "Traceback" not in output
+    assert output.count("SIGTERM: finishing this step") <= 1
 
 
 def test_a_second_run_is_kept_out_until_the_first_is_dead(images, tmp_path, capsys):
